@@ -1,0 +1,87 @@
+"""Exact evaluation over a whole split, and what a model's routers and prototypes look like, as plain data.
+
+Axes: M mixture layers, E experts.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from bvit_jax import components, data, sharding, ternary, train_step
+from bvit_jax.model_config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Result of one pass over a split; every image counted once.
+
+    Attributes:
+        accuracy: share classified rightly.
+        nll: mean negative log-likelihood, nats.
+        count: images.
+        load_MxE: for each mixture layer, the share of (token, choice) pairs that each expert received; empty without
+            mixture layers.
+        entropy_M: mean entropy of the routing probabilities, nats.
+    """
+
+    accuracy: float
+    nll: float
+    count: int
+    load_MxE: tuple[tuple[float, ...], ...] = ()
+    entropy_M: tuple[float, ...] = ()
+
+    @property
+    def dead_experts_M(self) -> tuple[int, ...]:
+        """For each mixture layer, the number of experts that received nothing."""
+        return tuple(sum(share == 0 for share in loads) for loads in self.load_MxE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data, ready for JSON; the router's part only where there are mixture layers."""
+        row: dict[str, Any] = {"accuracy": self.accuracy, "nll": self.nll, "count": self.count}
+        if self.load_MxE:
+            row |= {
+                "router_entropy": list(self.entropy_M),
+                "dead_experts": list(self.dead_experts_M),
+                "expert_load": [list(loads) for loads in self.load_MxE],
+            }
+        return row
+
+
+def evaluate(params: Any, config: ModelConfig, split: data.Split, batch_size: int, mesh: Mesh) -> Evaluation:
+    """Runs the model over every image of `split`; sums are formed in float64.
+
+    Args:
+        params: as `vit.init_params`.
+        config: the model they belong to.
+        split: any number of images; the last batch is padded and masked.
+        batch_size: images a batch, a multiple of the mesh's devices.
+        mesh: devices to run on.
+    """
+    step = train_step.make_eval_step(config, mesh)
+    total: Any = None
+    for batch in data.eval_batches(split, batch_size):
+        sums = step(params, *sharding.put_batch((batch.images, batch.labels, batch.weights), mesh))
+        sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    count = float(total.count)
+    load: tuple[tuple[float, ...], ...] = ()
+    entropy: tuple[float, ...] = ()
+    if total.assignments_MxE is not None:
+        shares_MxE = total.assignments_MxE / total.assignments_MxE.sum(axis=1, keepdims=True)
+        load = tuple(tuple(row) for row in shares_MxE.tolist())
+        entropy = tuple((total.entropy_M / count).tolist())
+    return Evaluation(float(total.correct) / count, float(total.nll) / count, int(count), load, entropy)
+
+
+def ternary_statistics(params: Any, config: ModelConfig) -> dict[str, dict[str, float]]:
+    """Returns {"zeros", "scale"} of every prototype by its path, averaged over the layers that share the path."""
+    found = {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = components.path_of(key_path)
+        if components.component_of(path) == "prototype":
+            stats = ternary.statistics(leaf, config.ternary_scale)
+            found[path] = {"zeros": float(stats.zeros), "scale": float(stats.scale)}
+    return found

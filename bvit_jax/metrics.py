@@ -1,0 +1,80 @@
+"""Records of a run: JSON lines that can be taken up again after an interruption, and TensorBoard scalars."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON whole or not at all: a reader never finds half a file."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Reads JSON lines; a last line that was cut short is left out. An absent file has no rows."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class JsonLines:
+    """Appends rows, each with a `step`, to a file; on opening drops those after `last_step`."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        kept = [row for row in read_rows(path) if row["step"] <= last_step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row and flushes it."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class RunLog:
+    """Writes a run's `metrics.jsonl` (a function of the configuration alone), `timing.jsonl` and TensorBoard events."""
+
+    def __init__(self, workdir: Path, last_step: int) -> None:
+        self._metrics = JsonLines(workdir / "metrics.jsonl", last_step)
+        self._timing = JsonLines(workdir / "timing.jsonl", last_step)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
+
+    def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Records values of one split at one step; TensorBoard takes the numbers among them."""
+        self._metrics.write({"step": step, "split": split, **values})
+        self._scalars(step, split, values)
+
+    def timing(self, step: int, values: dict[str, float]) -> None:
+        """Records how long things took."""
+        self._timing.write({"step": step, **values})
+        self._scalars(step, "timing", values)
+
+    def close(self) -> None:
+        """Closes all files."""
+        self._metrics.close()
+        self._timing.close()
+        self._board.close()
+
+    def _scalars(self, step: int, prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{prefix}/{name}", value, step)

@@ -1,0 +1,148 @@
+"""Pictures of a sweep: accuracy, bytes and experts against each other, one file each. MB are decimal, 10^6 bytes."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bvit_jax.memory import ScalingRow
+from bvit_jax.sweep import Summary
+
+# Okabe and Ito's colours, told apart with any colour vision; markers tell the series apart without colour.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+_SIZE = (5.2, 3.6)
+
+
+def sweep_plots(summaries: Sequence[Summary], directory: Path) -> list[Path]:
+    """Draws the three pictures of a sweep into `directory` and returns their paths; none if nothing has finished."""
+    if not summaries:
+        return []
+    directory.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, Callable[..., None]] = {
+        "accuracy_vs_experts.png": _accuracy_against_experts,
+        "bytes_vs_experts.png": _bytes_against_experts,
+        "accuracy_vs_bytes.png": _accuracy_against_bytes,
+    }
+    return [_draw(directory / name, partial(draw, summaries=summaries)) for name, draw in pictures.items()]
+
+
+def memory_plot(rows: Sequence[ScalingRow], title: str, path: Path) -> Path:
+    """Draws bytes against experts for every family and form, in both accountings."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _draw(path, partial(_memory, rows=rows, title=title))
+
+
+def _draw(path: Path, draw: Callable[[Axes], None]) -> Path:
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        draw(figure.subplots())
+        figure.savefig(path, dpi=150)
+    return path
+
+
+def _series(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    """Groups summaries into lines: equal but for the number of experts, which rises along each."""
+    lines: dict[str, list[Summary]] = {}
+    for summary in sorted(summaries, key=lambda s: s.sample.num_experts):
+        row = summary.sample
+        name = " ".join(part for part in (row.family, row.form.strip("-"), row.settings) if part)
+        lines.setdefault(name, []).append(summary)
+    return dict(sorted(lines.items()))
+
+
+def _accuracy_against_experts(axes: Axes, summaries: Sequence[Summary]) -> None:
+    for index, (name, line) in enumerate(_series(summaries).items()):
+        mean, spread = _accuracy(line)
+        style: dict[str, Any] = {"color": _COLOURS[index % 7], "label": name}
+        if line[0].sample.family == "dense":
+            axes.axhline(mean[0], linestyle="--", **style)
+            if spread[0] > 0:
+                axes.axhspan(mean[0] - spread[0], mean[0] + spread[0], color=_COLOURS[index % 7], alpha=0.1)
+        else:
+            axes.errorbar(_experts(line), mean, spread, marker=_MARKERS[index % 7], capsize=3, **style)
+    _expert_axis(axes, summaries)
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title("Accuracy against experts (mean ± standard deviation over seeds)")
+    axes.legend()
+
+
+def _bytes_against_experts(axes: Axes, summaries: Sequence[Summary]) -> None:
+    for index, (name, line) in enumerate(_series(summaries).items()):
+        for accounting, linestyle in (("bytes_full", "-"), ("bytes_paper", ":")):
+            megabytes = [getattr(s.sample, accounting) / 1e6 for s in line]
+            label = f"{name}, {accounting.removeprefix('bytes_')}"
+            style: dict[str, Any] = {"color": _COLOURS[index % 7], "linestyle": linestyle, "label": label}
+            if line[0].sample.family == "dense":
+                axes.axhline(megabytes[0], **style)
+            else:
+                axes.plot(_experts(line), megabytes, marker=_MARKERS[index % 7], **style)
+    _expert_axis(axes, summaries)
+    axes.set_yscale("log")
+    axes.set_ylabel("model size (MB)")
+    axes.set_title("Bytes against experts")
+    axes.legend(fontsize=7)
+
+
+def _accuracy_against_bytes(axes: Axes, summaries: Sequence[Summary]) -> None:
+    for index, (name, line) in enumerate(_series(summaries).items()):
+        mean, spread = _accuracy(line)
+        megabytes = [s.sample.bytes_full / 1e6 for s in line]
+        style: dict[str, Any] = {"color": _COLOURS[index % 7], "marker": _MARKERS[index % 7], "label": name}
+        axes.errorbar(megabytes, mean, spread, capsize=3, **style)
+        if line[0].sample.family != "dense":
+            for x, y, summary in zip(megabytes, mean, line, strict=True):
+                axes.annotate(f"E={summary.sample.num_experts}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
+    axes.set_xscale("log")
+    axes.set_xlabel("model size, every tensor counted (MB)")
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title("Accuracy against bytes")
+    axes.legend()
+
+
+def _memory(axes: Axes, rows: Sequence[ScalingRow], title: str) -> None:
+    names = list(dict.fromkeys((row.family, row.form) for row in rows))
+    for index, (family, form) in enumerate(names):
+        line = [row for row in rows if (row.family, row.form) == (family, form)]
+        experts = [row.num_experts for row in line]
+        colour, marker = _COLOURS[index], _MARKERS[index]
+        name = f"{family} {form.strip('-')}".strip()
+        paper = [row.bytes_paper / 1e6 for row in line]
+        full = [row.bytes_full_ffn / 1e6 for row in line]
+        axes.plot(experts, paper, color=colour, linestyle=":", marker=marker, markersize=4, label=f"{name}, paper")
+        axes.plot(experts, full, color=colour, linestyle="-", marker=marker, markersize=4, label=f"{name}, full")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("experts")
+    axes.set_ylabel("mixture layers (MB)")
+    axes.set_title(title)
+    axes.legend(fontsize=7)
+
+
+def _accuracy(line: Sequence[Summary]) -> tuple[np.ndarray, np.ndarray]:
+    mean = np.array([s.accuracy_mean for s in line])
+    return 100 * mean, 100 * np.nan_to_num(np.array([s.accuracy_std for s in line]))
+
+
+def _experts(line: Sequence[Summary]) -> list[int]:
+    return [s.sample.num_experts for s in line]
+
+
+def _expert_axis(axes: Axes, summaries: Sequence[Summary]) -> None:
+    counts = sorted({s.sample.num_experts for s in summaries if s.sample.family != "dense"}) or [1]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.set_xlim(counts[0] / 1.3, counts[-1] * 1.3)
+    axes.set_xlabel("experts")

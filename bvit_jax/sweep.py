@@ -1,0 +1,313 @@
+"""A grid of training runs: one directory a trial, named by the digest of its configuration, and one table of them all.
+
+A sweep's directory:
+
+    sweep.json      the base configuration and the grid        results.csv   one row a trial of the grid
+    trials/DIGEST/  one run each (`bvit_jax.train`)            summary.md    means over seeds
+
+Every trial runs in a process of its own: what it does to its memory or its devices stays its own affair.
+"""
+
+import copy
+import csv
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bvit_jax import memory, metrics
+from bvit_jax.config import Config, resolve
+from bvit_jax.model_config import ConfigError, require
+
+ERROR_FILE = "error.txt"
+USUAL_FIELDS = ("model.family", "model.form", "model.num_experts", "seed")
+"""Fields of a grid that have columns of their own in the tables."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+        config: what to run.
+        directory: where.
+        settings: `field=value` of the grid's fields other than family, form, experts and seed.
+    """
+
+    config: Config
+    directory: Path
+    settings: str = ""
+
+    @property
+    def status(self) -> str:
+        """`ok`, `failed` or `unfinished`, by what is in the directory."""
+        if (self.directory / "result.json").exists():
+            return "ok"
+        return "failed" if (self.directory / ERROR_FILE).exists() else "unfinished"
+
+    @property
+    def label(self) -> str:
+        """A short name for people: family, form, experts, seed."""
+        model = self.config.model
+        form = f" {model.form}" if model.family == "butterfly" else ""
+        experts = "" if model.family == "dense" else f" {model.num_experts} experts"
+        settings = f" {self.settings}" if self.settings else ""
+        return f"{model.family}{form}{experts}{settings} seed {self.config.seed}"
+
+    @property
+    def group(self) -> str:
+        """Digest of the configuration but for its seed: equal for the trials that a mean is taken over."""
+        return dataclasses.replace(self.config, seed=0).digest()
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the newest row of metrics."""
+        rows = metrics.read_rows(self.directory / "metrics.jsonl")
+        return rows[-1]["step"] if rows else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultRow:
+    """One line of `results.csv`; None where a trial has not got that far.
+
+    Attributes:
+        form: of the butterfly experts, `-` for the other families.
+        params: trained parameters.
+        bytes_paper, bytes_full: in the two accountings of `bvit_jax.memory`, whole model.
+        compression_paper, compression_full: bytes of the standard mixture of the same shape and experts, over these.
+        images_per_second: training throughput, with the trials that ran at the same time beside it.
+        status: `ok`, `failed` or `unfinished`.
+        bytes_full_ffn, compression_full_ffn: the `full` accounting of the feed-forward layers alone.
+        settings: as in `Trial`.
+        trial: digest of the configuration, the name of the trial's directory.
+        error: last line of a failed trial's traceback.
+    """
+
+    family: str
+    num_experts: int
+    seed: int
+    form: str
+    test_accuracy: float | None
+    val_accuracy: float | None
+    params: int
+    bytes_paper: float
+    bytes_full: int
+    compression_paper: float
+    compression_full: float
+    images_per_second: float | None
+    steps: int
+    wall_seconds: float | None
+    status: str
+    test_nll: float | None
+    bytes_full_ffn: int
+    compression_full_ffn: float
+    settings: str
+    trial: str
+    error: str
+
+
+def expand(base: Mapping[str, Any], grid: Mapping[str, Any], workdir: Path) -> list[Trial]:
+    """Lists the trials of a grid, each configuration once.
+
+    Combinations that mean the same model (a dense model at 4 and at 16 experts) are one trial. All configurations are
+    resolved before anything runs, so a bad one is reported at once.
+
+    Args:
+        base: a configuration as in `configs/`, nested mappings.
+        grid: nested as `base`, each leaf a sequence of values for that field; all combinations are run, the last field
+            varying fastest.
+        workdir: the sweep's directory.
+
+    Raises:
+        ConfigError: for a leaf that is no sequence, an empty one, a field that `base` lacks, or a bad configuration.
+    """
+    axes = list(_leaves(grid))
+    for name, values in axes:
+        valid = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
+        require(valid, f"grid.{name}", values, "a non-empty sequence of values")
+    trials: dict[str, Trial] = {}
+    for values in itertools.product(*(values for _, values in axes)):
+        chosen = dict(zip((name for name, _ in axes), values, strict=True))
+        config = resolve(_with_values(base, chosen))
+        digest = config.digest()
+        trials.setdefault(digest, Trial(config, workdir / "trials" / digest, _settings(config, chosen)))
+    return list(trials.values())
+
+
+def _leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of nested mappings, in order."""
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies nested mappings with the fields of these dotted names replaced."""
+    result: dict[str, Any] = copy.deepcopy(dict(base))
+    for name, value in values.items():
+        *sections, field = name.split(".")
+        place = result
+        for section in sections:
+            require(isinstance(place.get(section), dict), f"grid.{name}", value, "of a section that the base has")
+            place = place[section]
+        place[field] = value
+    return result
+
+
+def _settings(config: Config, chosen: Mapping[str, Any]) -> str:
+    """Says what the grid set beyond the usual; a field that the family ignores reads as its neutral value."""
+    resolved = dict(_leaves(config.to_dict()))
+    extra = {name: resolved.get(name, value) for name, value in chosen.items() if name not in USUAL_FIELDS}
+    return " ".join(f"{name}={value}" for name, value in extra.items())
+
+
+def claim_workdir(workdir: Path, base: Mapping[str, Any], grid: Mapping[str, Any]) -> None:
+    """Records what the sweep is. The grid may change from call to call; the base may not.
+
+    Raises:
+        ConfigError: if the directory cannot be written to or holds a sweep from another base configuration.
+    """
+    path = workdir / "sweep.json"
+    content = json.loads(json.dumps({"base": base, "grid": grid}))
+    try:
+        (workdir / "trials").mkdir(parents=True, exist_ok=True)
+        stored = json.loads(path.read_text()) if path.exists() else content
+        require(
+            stored["base"] == content["base"],
+            "workdir",
+            str(workdir),
+            "empty or of a sweep with the same base configuration; choose another",
+        )
+        metrics.write_json(path, content)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir = {str(workdir)!r}: it must be a directory that can be written to ({error})"
+        ) from None
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ConfigError(f"{path} is damaged ({error!r}); restore it or choose another workdir") from None
+
+
+def record_failure(trial: Trial, cause: str) -> None:
+    """Leaves the cause of a failure in the trial's directory, which marks it as failed."""
+    trial.directory.mkdir(parents=True, exist_ok=True)
+    metrics.write_text(trial.directory / ERROR_FILE, cause.rstrip() + "\n")
+
+
+def result_row(trial: Trial) -> ResultRow:
+    """Collects what is known of a trial; sizes come from the ledger whether or not it has run."""
+    config = trial.config
+    own, standard = memory.ledger(config.model), memory.ledger(memory.standard_twin(config.model))
+    status = trial.status
+    result = json.loads((trial.directory / "result.json").read_text()) if status == "ok" else {}
+    timing = result.get("timing", {})
+    error = (trial.directory / ERROR_FILE).read_text().strip().splitlines()[-1] if status == "failed" else ""
+    return ResultRow(
+        family=config.model.family,
+        num_experts=config.model.num_experts,
+        seed=config.seed,
+        form=config.model.form if config.model.family == "butterfly" else "-",
+        test_accuracy=result.get("test_accuracy"),
+        val_accuracy=result.get("validation_accuracy"),
+        params=own.params,
+        bytes_paper=own.bytes_paper,
+        bytes_full=own.bytes_full,
+        compression_paper=standard.bytes_paper / own.bytes_paper,
+        compression_full=standard.bytes_full / own.bytes_full,
+        images_per_second=timing.get("images_per_second"),
+        steps=config.total_steps,
+        wall_seconds=timing.get("wall_seconds"),
+        status=status,
+        test_nll=result.get("test_nll"),
+        bytes_full_ffn=own.bytes_full_ffn,
+        compression_full_ffn=standard.bytes_full_ffn / own.bytes_full_ffn,
+        settings=trial.settings,
+        trial=config.digest(),
+        error=error,
+    )
+
+
+def to_csv(rows: Sequence[Any]) -> str:
+    """Formats dataclasses of one kind, at least one, as CSV with a header; None is an empty cell."""
+    text = io.StringIO()
+    names = [field.name for field in dataclasses.fields(rows[0])]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if value is None else value for name, value in dataclasses.asdict(row).items()})
+    return text.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What the finished trials of one group say together; means and sample standard deviations over seeds.
+
+    Attributes:
+        sample: the row of one of its trials; sizes are the same for all.
+        seeds: finished trials.
+        accuracy_mean, accuracy_std: of the test accuracy; the deviation is nan for a single seed.
+        val_accuracy_mean, nll_mean, images_per_second: means, the last a median.
+    """
+
+    sample: ResultRow
+    seeds: int
+    accuracy_mean: float
+    accuracy_std: float
+    val_accuracy_mean: float
+    nll_mean: float
+    images_per_second: float
+
+
+def summarise(trials: Sequence[Trial], rows: Sequence[ResultRow]) -> list[Summary]:
+    """Groups the finished trials by everything but the seed, in the order of the grid."""
+    groups: dict[str, list[ResultRow]] = {}
+    for trial, row in zip(trials, rows, strict=True):
+        if row.status == "ok":
+            groups.setdefault(trial.group, []).append(row)
+    return [_summary(group) for group in groups.values()]
+
+
+def _summary(group: list[ResultRow]) -> Summary:
+    def values(name: str) -> np.ndarray:
+        return np.array([getattr(row, name) for row in group], np.float64)  # None becomes nan
+
+    accuracy = values("test_accuracy")
+    return Summary(
+        sample=group[0],
+        seeds=len(group),
+        accuracy_mean=float(accuracy.mean()),
+        accuracy_std=float(accuracy.std(ddof=1)) if len(group) > 1 else float("nan"),
+        val_accuracy_mean=float(values("val_accuracy").mean()),
+        nll_mean=float(values("test_nll").mean()),
+        images_per_second=float(np.median(values("images_per_second"))),
+    )
+
+
+def to_markdown(summaries: Sequence[Summary], rows: Sequence[ResultRow]) -> str:
+    """Formats the summary table, and lists the trials that failed or are unfinished."""
+    lines = [
+        "| family | form | experts | settings | seeds | test accuracy | test NLL | params | MB paper | MB full "
+        "| x paper | x full | x full, FFN | images/s |",
+        "|" + "---|" * 14,
+    ]
+    for summary in summaries:
+        row = summary.sample
+        spread = "" if np.isnan(summary.accuracy_std) else f" ± {100 * summary.accuracy_std:.2f}"
+        lines.append(
+            f"| {row.family} | {row.form} | {row.num_experts} | {row.settings or '-'} | {summary.seeds} "
+            f"| {100 * summary.accuracy_mean:.2f}{spread} | {summary.nll_mean:.3f} | {row.params:,} "
+            f"| {row.bytes_paper / 1e6:.4f} | {row.bytes_full / 1e6:.4f} | {row.compression_paper:.1f} "
+            f"| {row.compression_full:.2f} | {row.compression_full_ffn:.2f} | {summary.images_per_second:.0f} |"
+        )
+    for row in rows:
+        if row.status != "ok":
+            lines.append(
+                f"\n{row.status}: {row.trial} ({row.family}, {row.num_experts} experts, seed {row.seed}) {row.error}"
+            )
+    return "\n".join(lines) + "\n"

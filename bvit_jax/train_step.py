@@ -1,0 +1,139 @@
+"""One training step and one evaluation step: pure functions, compiled once for each model and mesh.
+
+Axes: B batch, H and W pixels, c channels, C classes, M mixture layers, E experts.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from bvit_jax import augment, losses, sharding, vit
+from bvit_jax.config import Config, LossConfig
+from bvit_jax.model_config import ModelConfig
+from bvit_jax.optimizer import learning_rate, make_optimizer
+from bvit_jax.routing import RouterReport
+
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """All that changes in training.
+
+    Attributes:
+        step: int32 (), steps done.
+        params: as `vit.init_params`.
+        opt_state: optax's.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+@struct.dataclass
+class EvalSums:
+    """Sums over the images of a batch that count.
+
+    Attributes:
+        count, correct: float32 (), images, and those classified rightly.
+        nll: float32 (), sum of negative log-likelihoods, nats.
+        assignments_MxE: float32, (token, choice) pairs that each expert received; None without mixture layers.
+        entropy_M: float32, sum over images of the mean routing entropy, nats; None without mixture layers.
+    """
+
+    count: jax.Array
+    correct: jax.Array
+    nll: jax.Array
+    assignments_MxE: jax.Array | None
+    entropy_M: jax.Array | None
+
+
+TrainStep = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Any, jax.Array, jax.Array, jax.Array], EvalSums]
+
+
+def init_state(config: Config) -> TrainState:
+    """Draws the state before the first step from `config.seed`."""
+    params = vit.init_params(config.model, jax.random.key(config.seed))
+    opt_state = make_optimizer(config.optimizer, config.total_steps).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def total_loss(
+    config: LossConfig, logits_BxC: jax.Array, labels_B: jax.Array, report: RouterReport | None
+) -> tuple[jax.Array, Metrics]:
+    """Forms the training loss, the one place where losses are weighted; also returns its unweighted parts."""
+    parts = {"cross_entropy": losses.cross_entropy(logits_BxC, labels_B, config.label_smoothing).mean()}
+    total = parts["cross_entropy"]
+    if report is not None:
+        for name in ("load_balance", "router_z", "smoothness"):
+            parts[name] = getattr(report, name).mean()
+            total = total + getattr(config, name) * parts[name]
+    return total, parts
+
+
+def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
+    """Compiles (state, key, images, labels) -> (state, metrics); the state passed in is donated.
+
+    `key` is the run's (from its seed) and the same at every step: all randomness comes of folding the step into it.
+    Runs that differ in nothing but the seed share one compiled program.
+    """
+    return _make_train_step(dataclasses.replace(config, seed=0), mesh)
+
+
+@functools.lru_cache(maxsize=4)
+def _make_train_step(config: Config, mesh: Mesh) -> TrainStep:
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    schedule = learning_rate(config.optimizer, config.total_steps)
+
+    def step(
+        state: TrainState, key: jax.Array, images_BxHxWxc: jax.Array, labels_B: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        augment_key, router_key = jax.random.split(jax.random.fold_in(key, state.step))
+        images_BxHxWxc = augment.augment(augment_key, images_BxHxWxc, config.data.max_shift, config.data.noise)
+
+        def loss_of(params: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
+            logits_BxC, report = vit.apply(config.model, params, images_BxHxWxc, router_key=router_key)
+            total, parts = total_loss(config.loss, logits_BxC, labels_B, report)
+            return total, (parts, logits_BxC)
+
+        (loss, (parts, logits_BxC)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            **parts,
+            "accuracy": (logits_BxC.argmax(axis=-1) == labels_B).mean(dtype=jnp.float32),
+            "grad_norm": optax.global_norm(gradients),
+            "learning_rate": schedule(state.step),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(step, in_shardings=(whole, whole, split, split), out_shardings=whole, donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=4)
+def make_eval_step(config: ModelConfig, mesh: Mesh) -> EvalStep:
+    """Compiles (params, images, labels, weights) -> sums over the images of weight 1."""
+
+    def step(params: Any, images_BxHxWxc: jax.Array, labels_B: jax.Array, weights_B: jax.Array) -> EvalSums:
+        logits_BxC, report = vit.apply(config, params, images_BxHxWxc, weight_B=weights_B)
+        count = weights_B.sum()
+        return EvalSums(
+            count=count,
+            correct=((logits_BxC.argmax(axis=-1) == labels_B) * weights_B).sum(),
+            nll=(losses.cross_entropy(logits_BxC, labels_B) * weights_B).sum(),
+            assignments_MxE=None if report is None else report.assignments_E,
+            entropy_M=None if report is None else report.entropy * count,
+        )
+
+    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    return jax.jit(step, in_shardings=(whole, split, split, split), out_shardings=whole)

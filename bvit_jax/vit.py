@@ -1,0 +1,184 @@
+"""Vision Transformer with dense or mixture-of-experts feed-forward layers, its layers scanned.
+
+Axes: B batch, H and W pixels, c channels, P patches, T tokens (class token, then patches in row order), D d_model,
+C classes, M mixture layers.
+
+References:
+    Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929 (pre-norm blocks, class token).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bvit_jax import moe
+from bvit_jax.model_config import ModelConfig
+from bvit_jax.routing import RouterReport
+
+Params = Any
+Segment = tuple[tuple[bool, ...], int]
+
+FFN_OF_FAMILY: dict[str, type[moe.DenseMlp | moe.StandardMoe | moe.ButterflyMoe]] = {
+    "dense": moe.DenseMlp,
+    "standard": moe.StandardMoe,
+    "butterfly": moe.ButterflyMoe,
+}
+
+_kernel_init = nn.initializers.xavier_uniform()
+
+
+def layer_segments(is_moe: tuple[bool, ...]) -> tuple[Segment, ...]:
+    """Splits the layers into (pattern, repeats), so that scanning each pattern compiles it once.
+
+    Greedy: at each layer the pattern whose repetitions reach furthest, the shorter one of equals.
+    (False, True, False, True, True) becomes ((False, True), 2), ((True,), 1).
+    """
+    segments = []
+    start = 0
+    while start < len(is_moe):
+        best: Segment = (is_moe[start : start + 1], 1)
+        for period in range(1, (len(is_moe) - start) // 2 + 1):
+            pattern = is_moe[start : start + period]
+            repeats = 1
+            while is_moe[start + repeats * period : start + (repeats + 1) * period] == pattern:
+                repeats += 1
+            if repeats > 1 and repeats * period > len(best[0]) * best[1]:
+                best = (pattern, repeats)
+        segments.append(best)
+        start += len(best[0]) * best[1]
+    return tuple(segments)
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    config: ModelConfig
+    is_moe: bool
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, weight_B: jax.Array | None) -> tuple[jax.Array, RouterReport | None]:
+        c = self.config
+        attention = nn.MultiHeadDotProductAttention(
+            c.num_heads, dtype=c.compute_dtype, kernel_init=_kernel_init, name="attention"
+        )
+        x_BxTxD = x_BxTxD + attention(nn.LayerNorm(dtype=c.compute_dtype, name="attention_norm")(x_BxTxD))
+        ffn = FFN_OF_FAMILY[c.family if self.is_moe else "dense"](c, name="ffn")
+        normed_BxTxD = nn.LayerNorm(dtype=c.compute_dtype, name="ffn_norm")(x_BxTxD)
+        y_BxTxD, report = ffn(normed_BxTxD, train=self.train, weight_B=weight_B)
+        return x_BxTxD + y_BxTxD, report
+
+
+class Pattern(nn.Module):
+    """The layers of one pattern; returns the reports of its mixture layers."""
+
+    config: ModelConfig
+    is_moe: tuple[bool, ...]
+    train: bool
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, weight_B: jax.Array | None) -> tuple[jax.Array, list[RouterReport]]:
+        reports = []
+        for index, is_moe in enumerate(self.is_moe):
+            block = Block(self.config, is_moe, self.train, name=f"block_{index}")
+            x_BxTxD, report = block(x_BxTxD, weight_B)
+            if report is not None:
+                reports.append(report)
+        return x_BxTxD, reports
+
+
+class Vit(nn.Module):
+    """ButterflyViT, its standard mixture-of-experts twin or a plain ViT, by `config.family`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, images_BxHxWxc: jax.Array, *, train: bool = False, weight_B: jax.Array | None = None
+    ) -> tuple[jax.Array, RouterReport | None]:
+        """Classifies images.
+
+        Args:
+            images_BxHxWxc: floating, pixels from 0 to 1, (B, image_size, image_size, channels).
+            train: whether the router's noise is on; it needs the random stream `router`.
+            weight_B: 1 for images that count in the report, 0 for padding; all count if left out.
+
+        Returns:
+            Logits, float32 (B, C), and the router reports of the mixture layers, every field with a leading axis M in
+            layer order; None if there are none.
+
+        Raises:
+            ValueError: if the images have another shape than the configuration says.
+        """
+        c = self.config
+        expected = (c.image_size, c.image_size, c.channels)
+        if images_BxHxWxc.shape[1:] != expected:
+            raise ValueError(f"images have shape {images_BxHxWxc.shape}; this model needs (batch, {str(expected)[1:]}")
+        x_BxTxD = self._embed((2 * images_BxHxWxc - 1).astype(c.compute_dtype))
+        reports: list[RouterReport] = []
+        for index, (pattern, repeats) in enumerate(layer_segments(c.is_moe_by_layer)):
+            scanned = nn.scan(
+                Pattern,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "router": True},
+                in_axes=nn.broadcast,
+                length=repeats,
+                unroll=repeats if repeats <= 2 else 1,  # a loop of two costs more than it saves
+            )
+            x_BxTxD, stacked = scanned(c, pattern, train, name=f"segment_{index}")(x_BxTxD, weight_B)
+            if stacked:
+                reports.append(_in_layer_order(stacked))
+        x_BxD = nn.LayerNorm(dtype=c.compute_dtype, name="final_norm")(x_BxTxD[:, 0])
+        logits_BxC = nn.Dense(c.num_classes, kernel_init=nn.initializers.zeros, name="head")(x_BxD.astype(jnp.float32))
+        merged = jax.tree.map(lambda *fields: jnp.concatenate(fields), *reports) if reports else None
+        return logits_BxC, merged
+
+    def _embed(self, images_BxHxWxc: jax.Array) -> jax.Array:
+        c = self.config
+        batch, (rows, columns), patch = images_BxHxWxc.shape[0], c.grid, c.patch_size
+        tiles = images_BxHxWxc.reshape(batch, rows, patch, columns, patch, c.channels).transpose(0, 1, 3, 2, 4, 5)
+        patches_BxPx = tiles.reshape(batch, rows * columns, patch * patch * c.channels)
+        embed = nn.Dense(c.d_model, dtype=c.compute_dtype, kernel_init=_kernel_init, name="patch_embedding")
+        x_BxPxD = embed(patches_BxPx)
+        class_token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, c.d_model))
+        positions = self.param("position_embedding", nn.initializers.normal(0.02), (1, rows * columns + 1, c.d_model))
+        first = jnp.broadcast_to(class_token.astype(x_BxPxD.dtype), (batch, 1, c.d_model))
+        return jnp.concatenate([first, x_BxPxD], axis=1) + positions.astype(x_BxPxD.dtype)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Draws the parameters of a model, a nested dict of float32 arrays; layers of one segment share a leading axis."""
+    image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
+    return Vit(config).init(key, image)["params"]
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    images_BxHxWxc: jax.Array,
+    *,
+    router_key: jax.Array | None = None,
+    weight_B: jax.Array | None = None,
+) -> tuple[jax.Array, RouterReport | None]:
+    """Runs a model as `Vit.__call__`, in training mode if `router_key` (for the router's noise) is given."""
+    outputs: Any = Vit(config).apply(
+        {"params": params},
+        images_BxHxWxc,
+        train=router_key is not None,
+        weight_B=weight_B,
+        rngs=None if router_key is None else {"router": router_key},
+    )
+    return outputs
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """Returns the shapes and dtypes of `init_params` without making the arrays: any size of model, at once."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _in_layer_order(stacked: list[RouterReport]) -> RouterReport:
+    """Merges the reports of one scanned pattern, each (repeats, ...), into (repeats * reports, ...) by layer."""
+    by_layer = jax.tree.map(lambda *fields: jnp.stack(fields, axis=1), *stacked)
+    return jax.tree.map(lambda field: field.reshape(-1, *field.shape[2:]), by_layer)

@@ -1,0 +1,1 @@
+"""Configurations: each file's header gives its command, hardware, time and result."""

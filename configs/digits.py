@@ -1,0 +1,73 @@
+"""Vision Transformers on scikit-learn's handwritten digits: 1,200 training, 197 validation, 400 test images of 8x8.
+
+Command:   python -m experiments.train --config=configs/digits.py --workdir=runs/digits
+           python -m experiments.train --config=configs/digits.py:standard,16 --workdir=runs/digits_standard
+Hardware:  2 CPU cores
+Time:      not yet run
+Result:    not yet run
+"""
+
+import math
+
+import ml_collections
+from ml_collections import config_dict
+
+SHAPE = ("image_size", "patch_size", "num_layers", "d_model", "d_ff", "num_heads")
+
+
+def parse(argument: str, defaults: tuple[str, ...]) -> tuple[str, ...]:
+    """Splits `argument` at its commas; what it leaves out comes from `defaults`."""
+    given = tuple(part.strip() for part in argument.split(","))
+    return given + defaults[len(given) :]
+
+
+def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
+    """Returns the configuration; `argument` is `FAMILY[,EXPERTS[,FORM]]`."""
+    family, experts, form = parse(argument, ("butterfly", "8", "separate"))
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.total_steps = 1500
+    config.batch_size = 64
+    config.log_every = 50
+    config.eval_every = 250
+
+    config.data = ml_collections.ConfigDict(
+        {
+            "name": "digits",
+            "max_shift": 1,
+            "noise": 0.05,
+        }
+    )
+    config.model = ml_collections.ConfigDict(
+        {
+            "variant": "tiny",
+            "family": family,
+            "form": form,
+            "num_experts": int(experts),
+            "top_k": 2,
+            "moe_layers": "every",
+            "num_stages": 2,
+            "stride_order": "descending",
+            "ternary_scale": "row",
+            "angle_init": math.pi,
+            "router_noise": 0.0,
+            "compute_dtype": "float32",
+            # Each of these replaces the variant's own where it is set.
+            **{name: config_dict.placeholder(int) for name in SHAPE},
+        }
+    )
+    config.loss = ml_collections.ConfigDict(
+        {"label_smoothing": 0.1, "load_balance": 0.01, "router_z": 0.001, "smoothness": 0.01}
+    )
+    config.optimizer = ml_collections.ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "warmup_steps": 100,
+            "weight_decay": 0.05,
+            "clip_norm": 1.0,
+            "prototype_multiplier": 3.0,
+            "angle_multiplier": 1.0,
+            "router_multiplier": 1.0,
+        }
+    )
+    return config

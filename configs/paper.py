@@ -1,0 +1,45 @@
+"""The shape in which the ButterflyViT paper reports its memory: 7 mixture layers, d_model 256, d_ff 1024, 64 experts.
+
+The images are procedural, of the size and number of classes of CIFAR-100, to run the shape end to end; for the memory
+figures no image is needed (`python -m experiments.sweep` draws them).
+
+Command:   python -m experiments.train --config=configs/paper.py --workdir=runs/paper
+Hardware:  not yet run
+Time:      not yet run
+Result:    not yet run
+"""
+
+import ml_collections
+
+from configs import digits
+
+
+def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict:
+    """Returns the configuration; `argument` is `FAMILY[,EXPERTS[,FORM]]`. `tied` is the form of the paper's formula."""
+    family, experts, form = digits.parse(argument, ("butterfly", "64", "tied"))
+    config = digits.get_config()
+    config.total_steps = 20_000
+    config.batch_size = 128
+    config.log_every = 100
+    config.eval_every = 1000
+    config.data = ml_collections.ConfigDict(
+        {
+            "name": "procedural",
+            "max_shift": 4,
+            "noise": 0.0,
+            "image_size": 32,
+            "channels": 3,
+            "num_classes": 100,
+            "num_train": 10_000,
+            "num_validation": 1_000,
+            "num_test": 2_000,
+            "seed": 0,
+        }
+    )
+    config.model.variant = "paper"
+    config.model.family = family
+    config.model.num_experts = int(experts)
+    config.model.form = form
+    config.optimizer.learning_rate = 6e-4
+    config.optimizer.warmup_steps = 1000
+    return config

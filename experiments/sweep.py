@@ -1,0 +1,113 @@
+"""Trains a grid of models and compares accuracy, bytes, compression and speed.
+
+    python -m experiments.sweep
+    python -m experiments.sweep --config=configs/sweep_digits.py --workdir=runs/sweep_digits
+
+Started again on the same workdir, it skips what is finished and takes up the rest; the grid may grow from call to call.
+Any field can be changed on the command line: --config.grid.model.num_experts="(8, 32)" --config.base.total_steps=500
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bvit_jax import config, executor, memory, metrics, plots, sweep
+from bvit_jax.model_config import require
+from experiments import entry
+
+_DEFAULT_CONFIG = str(Path(__file__).parent.parent / "configs" / "sweep_digits.py")
+_CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT_CONFIG, "The sweep: base, grid and memory_base.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's directory; runs/NAME_OF_CONFIG if left out.")
+_JOBS = flags.DEFINE_integer("jobs", 0, "Trials at a time; 0: one per core on CPUs (8 at most), one on accelerators.")
+_RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run again the trials that failed in an earlier call.")
+
+MEMORY_EXPERTS = tuple(2**power for power in range(13))
+"""Numbers of experts of the memory curves: 1 to 4096."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs what is unfinished of a sweep and writes its tables and pictures."""
+    del argv
+    require(_JOBS.value >= 0, "jobs", _JOBS.value, "0 or more")
+    raw = _CONFIG.value.to_dict()
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
+    workdir = Path(_WORKDIR.value or Path("runs") / name)
+    print(f"workdir: {workdir}")
+    trials = sweep.expand(raw["base"], raw["grid"], workdir)
+    memory_base = config.resolve(raw["memory_base"])
+    sweep.claim_workdir(workdir, raw["base"], raw["grid"])
+    _draw_memory(memory_base, workdir)
+
+    statuses = [trial.status for trial in trials]
+    jobs = _JOBS.value or executor.default_jobs()
+    print(
+        f"{len(trials)} trials, {statuses.count('ok')} finished, {statuses.count('failed')} failed; {jobs} at a time; "
+        f"Ctrl-C is safe, the same command goes on"
+    )
+
+    def on_end(trial: sweep.Trial) -> None:
+        row = sweep.result_row(trial)
+        shown = row.error if row.test_accuracy is None else f"test accuracy {row.test_accuracy:.4f}"
+        print(f"{trial.label:<44} {row.status:<7} {shown}", flush=True)
+        _write_tables(trials, workdir)
+
+    executor.run_trials(trials, jobs, _RETRY_FAILED.value, workdir / "compilation_cache", on_end)
+    summaries = _write_tables(trials, workdir)
+    plots.sweep_plots(summaries, workdir / "plots")
+    _print_summary(summaries)
+    failed = [trial.label for trial in trials if trial.status == "failed"]
+    if failed:
+        print(f"failed: {', '.join(failed)}; --retry_failed runs them again")
+    print(f"results: {workdir / 'results.csv'}, {workdir / 'summary.md'}, {workdir / 'plots'}")
+
+
+def _write_tables(trials: Sequence[sweep.Trial], workdir: Path) -> list[sweep.Summary]:
+    rows = [sweep.result_row(trial) for trial in trials]
+    summaries = sweep.summarise(trials, rows)
+    metrics.write_text(workdir / "results.csv", sweep.to_csv(rows))
+    metrics.write_text(workdir / "summary.md", sweep.to_markdown(summaries, rows))
+    return summaries
+
+
+def _draw_memory(base: config.Config, workdir: Path) -> None:
+    """Counts the memory_base model from 1 to 4096 experts, from shapes alone, and shows the 64-expert figures."""
+    rows = memory.scaling(base.model, MEMORY_EXPERTS)
+    metrics.write_text(workdir / "memory.csv", sweep.to_csv(rows))
+    m = base.model
+    title = (
+        f"Mixture layers: {sum(m.is_moe_by_layer)} layers, d_model {m.d_model}, d_ff {m.d_ff}, {m.num_stages} stages"
+    )
+    plots.memory_plot(rows, title, workdir / "plots" / "memory_vs_experts.png")
+    table = Table("family", "form", "MB paper", "x", "MB full, FFN", "x", "MB full, model", "x", box=box.SIMPLE)
+    for row in (row for row in rows if row.num_experts == 64):
+        table.add_row(
+            *(row.family, row.form),
+            *(f"{row.bytes_paper / 1e6:.3f}", f"{row.compression_paper:.1f}"),
+            *(f"{row.bytes_full_ffn / 1e6:.3f}", f"{row.compression_full_ffn:.1f}"),
+            *(f"{row.bytes_full / 1e6:.3f}", f"{row.compression_full:.1f}"),
+        )
+    print(f"{title}, 64 experts (from shapes alone; 1 to 4096 experts in memory.csv):")
+    Console().print(table)
+
+
+def _print_summary(summaries: Sequence[sweep.Summary]) -> None:
+    table = Table(
+        "family", "form", "experts", "settings", "seeds", "test %", "MB full", "x paper", "x full", box=box.SIMPLE
+    )
+    for summary in summaries:
+        row = summary.sample
+        table.add_row(
+            *(row.family, row.form, str(row.num_experts), row.settings or "-", str(summary.seeds)),
+            f"{100 * summary.accuracy_mean:.2f} ± {100 * summary.accuracy_std:.2f}",
+            *(f"{row.bytes_full / 1e6:.3f}", f"{row.compression_paper:.1f}", f"{row.compression_full:.2f}"),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    entry.run(main)
