@@ -21,7 +21,8 @@ class DataConfig:
 
     Attributes:
         name: `digits` (scikit-learn's, embedded) or `procedural` (drawn from the seed, any size).
-        max_shift: training images move by up to this many pixels each way, edges filled with background.
+        max_shift: training images move by up to this many pixels each way, edges filled with zeros.
+        shift_probability: share of the training images that move.
         noise: standard deviation of the Gaussian noise added to training images, in units of the pixel range 0 to 1.
         image_size, channels, num_classes, num_train, num_validation, num_test, seed: of the `procedural` set; `digits`
             has its own.
@@ -29,6 +30,7 @@ class DataConfig:
 
     name: DataName
     max_shift: int
+    shift_probability: float
     noise: float
     image_size: int
     channels: int
@@ -44,6 +46,7 @@ class DataConfig:
             require(getattr(self, field) >= 1, f"data.{field}", getattr(self, field), "at least 1")
         for field in ("max_shift", "noise", "seed"):
             require(getattr(self, field) >= 0, f"data.{field}", getattr(self, field), "0 or more")
+        require(0 <= self.shift_probability <= 1, "data.shift_probability", self.shift_probability, "0 to 1")
         require(self.max_shift < self.image_size, "data.max_shift", self.max_shift, f"under {self.image_size}")
 
 

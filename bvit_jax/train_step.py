@@ -98,7 +98,7 @@ def _make_train_step(config: Config, mesh: Mesh) -> TrainStep:
         state: TrainState, key: jax.Array, images_BxHxWxc: jax.Array, labels_B: jax.Array
     ) -> tuple[TrainState, Metrics]:
         augment_key, router_key = jax.random.split(jax.random.fold_in(key, state.step))
-        images_BxHxWxc = augment.augment(augment_key, images_BxHxWxc, config.data.max_shift, config.data.noise)
+        images_BxHxWxc = augment.augment(augment_key, images_BxHxWxc, config.data)
 
         def loss_of(params: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
             logits_BxC, report = vit.apply(config.model, params, images_BxHxWxc, router_key=router_key)

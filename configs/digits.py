@@ -35,6 +35,7 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
         {
             "name": "digits",
             "max_shift": 1,
+            "shift_probability": 0.25,
             "noise": 0.05,
         }
     )

@@ -26,6 +26,7 @@ def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict
         {
             "name": "procedural",
             "max_shift": 4,
+            "shift_probability": 1.0,
             "noise": 0.0,
             "image_size": 32,
             "channels": 3,
