@@ -149,7 +149,7 @@ def _check_shapes(x: tuple[int, ...], angles: tuple[int, ...], stages: Stages, e
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _rotate(x: jax.Array, angles: jax.Array, expert: jax.Array | None, stages: Stages, inverse: bool) -> jax.Array:
-    walk = _in_order(stages, angles, expert, x.dtype, inverse)
+    walk = _in_order(stages, angles, expert, x, inverse)
     y = x.astype(walk[0][1].dtype)
     for stage, cos, sin in walk:
         y = _join(stage, *_turn(*_split(stage, y), cos, sin))
@@ -168,7 +168,7 @@ def _rotate_backward(
 ) -> tuple[jax.Array, jax.Array, None]:
     y, angles, expert = saved
     x_dtype = y.dtype
-    walk = _in_order(stages, angles, expert, x_dtype, inverse)
+    walk = _in_order(stages, angles, expert, y, inverse)
     y, dy = y.astype(walk[0][1].dtype), dy.astype(walk[0][1].dtype)
     by_stage: list[jax.Array] = []
     for stage, cos, sin in reversed(walk):
@@ -188,13 +188,14 @@ _rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def _in_order(
-    stages: Stages, angles: jax.Array, expert: jax.Array | None, x_dtype: jnp.dtype, inverse: bool
+    stages: Stages, angles: jax.Array, expert: jax.Array | None, x: jax.Array, inverse: bool
 ) -> list[tuple[Stage, jax.Array, jax.Array]]:
-    """Lists (stage, cos, sin) in the order of application; cos and sin as (..., outer, pairs, inner)."""
-    angles = angles.astype(jnp.promote_types(x_dtype, jnp.float32))
+    """Lists (stage, cos, sin) in the order of application; cos and sin as (..., outer, pairs, inner), as `x` is split."""
+    angles = angles.astype(jnp.promote_types(x.dtype, jnp.float32))
     # Both tables side by side: one gather of long rows is several times faster than one per stage and function.
     table = jnp.concatenate([jnp.cos(angles), jnp.sin(-angles if inverse else angles)], axis=-1)
-    cos, sin = jnp.split(table if expert is None else table[expert], 2, axis=-1)
+    rows = table.reshape(*(1,) * (x.ndim - 1), -1) if expert is None else table[expert]
+    cos, sin = jnp.split(rows, 2, axis=-1)
     walk = []
     start = 0
     for stage in stages:

@@ -162,7 +162,7 @@ class ButterflyMoe(nn.Module):
         return ternary.quantise(weights_IxO, self.config.ternary_scale).astype(self.config.compute_dtype)
 
     def _bias(self, name: str, size: int) -> jax.Array:
-        return self.param(name, nn.initializers.zeros, (size,)).astype(self.config.compute_dtype)
+        return self.param(name, nn.initializers.zeros, (size,)).astype(self.config.compute_dtype).reshape(1, 1, 1, size)
 
     def _rotation(self, name: str, dim: int, expert: jax.Array) -> Callable[[jax.Array, bool], jax.Array]:
         """Makes the angles of all experts, (E, A), and returns (x, inverse) -> B x or B^T x, each row by its expert."""

@@ -119,8 +119,7 @@ def expand(base: Mapping[str, Any], grid: Mapping[str, Any], workdir: Path) -> l
 
     Args:
         base: a configuration as in `configs/`, nested mappings.
-        grid: nested as `base`, each leaf a sequence of values for that field; all combinations are run, the last field
-            varying fastest.
+        grid: nested as `base`, each leaf a sequence of values for that field; all combinations are run, seed by seed.
         workdir: the sweep's directory.
 
     Raises:
@@ -136,7 +135,8 @@ def expand(base: Mapping[str, Any], grid: Mapping[str, Any], workdir: Path) -> l
         config = resolve(_with_values(base, chosen))
         digest = config.digest()
         trials.setdefault(digest, Trial(config, workdir / "trials" / digest, _settings(config, chosen)))
-    return list(trials.values())
+    # One seed of everything before the next: comparable early, and later seeds find their programs compiled.
+    return sorted(trials.values(), key=lambda trial: trial.config.seed)
 
 
 def _leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -111,7 +111,7 @@ def _make_train_step(config: Config, mesh: Mesh) -> TrainStep:
             "loss": loss,
             **parts,
             "accuracy": (logits_BxC.argmax(axis=-1) == labels_B).mean(dtype=jnp.float32),
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics

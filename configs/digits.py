@@ -7,8 +7,6 @@ Time:      not yet run
 Result:    not yet run
 """
 
-import math
-
 import ml_collections
 from ml_collections import config_dict
 
@@ -26,8 +24,8 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     family, experts, form = parse(argument, ("butterfly", "8", "separate"))
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.total_steps = 1500
-    config.batch_size = 64
+    config.total_steps = 2500
+    config.batch_size = 32
     config.log_every = 50
     config.eval_every = 250
 
@@ -50,7 +48,7 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "num_stages": 2,
             "stride_order": "descending",
             "ternary_scale": "row",
-            "angle_init": math.pi,
+            "angle_init": 0.1,
             "router_noise": 0.0,
             "compute_dtype": "float32",
             # Each of these replaces the variant's own where it is set.
@@ -62,9 +60,9 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     )
     config.optimizer = ml_collections.ConfigDict(
         {
-            "learning_rate": 1e-3,
+            "learning_rate": 3e-3,
             "warmup_steps": 100,
-            "weight_decay": 0.05,
+            "weight_decay": 0.1,
             "clip_norm": 1.0,
             "prototype_multiplier": 3.0,
             "angle_multiplier": 1.0,

@@ -42,5 +42,6 @@ def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict
     config.model.num_experts = int(experts)
     config.model.form = form
     config.optimizer.learning_rate = 6e-4
+    config.optimizer.weight_decay = 0.06
     config.optimizer.warmup_steps = 1000
     return config

@@ -7,6 +7,7 @@ Started again on the same workdir, it skips what is finished and takes up the re
 Any field can be changed on the command line: --config.grid.model.num_experts="(8, 32)" --config.base.total_steps=500
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def main(argv: Sequence[str]) -> None:
     del argv
     require(_JOBS.value >= 0, "jobs", _JOBS.value, "0 or more")
     raw = _CONFIG.value.to_dict()
+    for section in ("base", "grid", "memory_base"):
+        require(section in raw, f"config.{section}", None, "there: a sweep has base, grid and memory_base")
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name)
     print(f"workdir: {workdir}")
@@ -53,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     def on_end(trial: sweep.Trial) -> None:
         row = sweep.result_row(trial)
         shown = row.error if row.test_accuracy is None else f"test accuracy {row.test_accuracy:.4f}"
-        print(f"{trial.label:<44} {row.status:<7} {shown}", flush=True)
+        print(f"{trial.label:<40} {row.status:<7} {shown}", flush=True)
         _write_tables(trials, workdir)
 
     executor.run_trials(trials, jobs, _RETRY_FAILED.value, workdir / "compilation_cache", on_end)
@@ -83,30 +86,40 @@ def _draw_memory(base: config.Config, workdir: Path) -> None:
         f"Mixture layers: {sum(m.is_moe_by_layer)} layers, d_model {m.d_model}, d_ff {m.d_ff}, {m.num_stages} stages"
     )
     plots.memory_plot(rows, title, workdir / "plots" / "memory_vs_experts.png")
-    table = Table("family", "form", "MB paper", "x", "MB full, FFN", "x", "MB full, model", "x", box=box.SIMPLE)
+    table = Table("", "MB paper", "x", "MB full, FFN", "x", "MB full, model", "x", box=box.SIMPLE)
     for row in (row for row in rows if row.num_experts == 64):
         table.add_row(
-            *(row.family, row.form),
-            *(f"{row.bytes_paper / 1e6:.3f}", f"{row.compression_paper:.1f}"),
-            *(f"{row.bytes_full_ffn / 1e6:.3f}", f"{row.compression_full_ffn:.1f}"),
-            *(f"{row.bytes_full / 1e6:.3f}", f"{row.compression_full:.1f}"),
+            _name(row.family, row.form),
+            *(_megabytes(row.bytes_paper), f"{row.compression_paper:.1f}"),
+            *(_megabytes(row.bytes_full_ffn), f"{row.compression_full_ffn:.1f}"),
+            *(_megabytes(row.bytes_full), f"{row.compression_full:.1f}"),
         )
-    print(f"{title}, 64 experts (from shapes alone; 1 to 4096 experts in memory.csv):")
+    print(f"{title}, 64 experts, counted from shapes (1 to 4096 experts: {workdir / 'memory.csv'}):")
     Console().print(table)
 
 
 def _print_summary(summaries: Sequence[sweep.Summary]) -> None:
-    table = Table(
-        "family", "form", "experts", "settings", "seeds", "test %", "MB full", "x paper", "x full", box=box.SIMPLE
-    )
+    table = Table("", "experts", "seeds", "test %", "MB paper", "x", "MB full", "x", "images/s", box=box.SIMPLE)
     for summary in summaries:
         row = summary.sample
+        spread = "" if math.isnan(summary.accuracy_std) else f" ± {100 * summary.accuracy_std:.2f}"
         table.add_row(
-            *(row.family, row.form, str(row.num_experts), row.settings or "-", str(summary.seeds)),
-            f"{100 * summary.accuracy_mean:.2f} ± {100 * summary.accuracy_std:.2f}",
-            *(f"{row.bytes_full / 1e6:.3f}", f"{row.compression_paper:.1f}", f"{row.compression_full:.2f}"),
+            " ".join(part for part in (_name(row.family, row.form), row.settings) if part),
+            *(str(row.num_experts), str(summary.seeds), f"{100 * summary.accuracy_mean:.2f}{spread}"),
+            *(_megabytes(row.bytes_paper), f"{row.compression_paper:.1f}"),
+            *(_megabytes(row.bytes_full), f"{row.compression_full:.2f}", f"{summary.images_per_second:.0f}"),
         )
     Console().print(table)
+
+
+def _name(family: str, form: str) -> str:
+    return family if form == "-" else f"{family} {form}"
+
+
+def _megabytes(number: float) -> str:
+    """Formats bytes as decimal MB to four figures, two decimals at most for large ones."""
+    megabytes = number / 1e6
+    return f"{megabytes:.2f}" if megabytes >= 100 else f"{megabytes:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""Slow, obvious references in NumPy float64; each follows the documented rule, none the library's code.
+
+Matrices W are those of y = W x. Parameters are nested dicts of arrays named as in the library.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def float64(tree: Any) -> Any:
+    """Copies a nested dict of arrays to NumPy float64."""
+    if isinstance(tree, Mapping):
+        return {name: float64(value) for name, value in tree.items()}
+    return np.array(tree, np.float64)
+
+
+def finite_difference(function: Callable[[], float], array: Array, index: tuple[int, ...], step: float = 1e-5) -> float:
+    """Central difference of `function` as one element of `array`, which it reads, is moved."""
+    kept = array[index]
+    array[index] = kept + step
+    above = function()
+    array[index] = kept - step
+    below = function()
+    array[index] = kept
+    return (above - below) / (2 * step)
+
+
+# Rotations
+
+
+def stage_pairs(dim: int, num_stages: int, order: str) -> list[list[tuple[int, int]]]:
+    """Lists the channel pairs (i, j), i < j, of each stage, by rising i."""
+    power, odd = 1, dim
+    while odd % 2 == 0:
+        power, odd = power * 2, odd // 2
+    stages = []
+    distances = []
+    distance = dim // 2
+    while distance >= odd and dim > odd:
+        distances.append(distance if order == "descending" else dim // 2 // distance)
+        if distance == odd:
+            break
+        distance //= 2
+    for h in distances:
+        stages.append([(i, i + h) for i in range(dim) if (i // h) % 2 == 0])
+    bits = math.ceil(math.log2(odd))
+    for bit in reversed(range(bits)) if order == "descending" else range(bits):
+        pairs = []
+        for position in range(odd):
+            partner = position ^ (1 << bit)
+            if position < partner < odd:
+                for other in range(power):
+                    if order == "descending":
+                        pairs.append((other * odd + position, other * odd + partner))
+                    else:
+                        pairs.append((position * power + other, partner * power + other))
+        stages.append(sorted(pairs))
+    return stages[:num_stages]
+
+
+def count_angles(dim: int, num_stages: int, order: str) -> int:
+    return sum(len(pairs) for pairs in stage_pairs(dim, num_stages, order))
+
+
+def rotation_matrix(dim: int, num_stages: int, order: str, angles: Array) -> Array:
+    """Multiplies one Givens matrix a pair."""
+    matrix = np.eye(dim)
+    remaining = list(angles)
+    for pairs in stage_pairs(dim, num_stages, order):
+        for i, j in pairs:
+            angle = remaining.pop(0)
+            givens = np.eye(dim)
+            givens[i, i] = givens[j, j] = math.cos(angle)
+            givens[i, j] = -math.sin(angle)
+            givens[j, i] = math.sin(angle)
+            matrix = givens @ matrix
+    assert not remaining
+    return matrix
+
+
+# Ternary quantiser
+
+
+def ternarise(w_IxO: Array, kind: str) -> tuple[Array, Array]:
+    """Trits (inputs, outputs) and the scale of each output."""
+    inputs, outputs = w_IxO.shape
+    trits = np.zeros((inputs, outputs))
+    scale_O = np.zeros(outputs)
+    for o in range(outputs):
+        members = [(i, o) for i in range(inputs)]
+        if kind == "tensor":
+            members = [(i, p) for i in range(inputs) for p in range(outputs)]
+        scale_O[o] = max(sum(abs(w_IxO[member]) for member in members) / len(members), 1e-5)
+        for i in range(inputs):
+            trits[i, o] = min(max(round(w_IxO[i, o] / scale_O[o]), -1), 1)
+    return trits, scale_O
+
+
+def quantise(w_IxO: Array, kind: str) -> Array:
+    trits, scale_O = ternarise(w_IxO, kind)
+    return trits * scale_O[None, :]
+
+
+# Routing and losses
+
+
+def softmax(logits: Array) -> Array:
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
+
+
+def route(logits_E: Array, top_k: int) -> tuple[list[int], list[float]]:
+    """Experts of one token by falling logit, and their gates."""
+    probs = softmax(logits_E)
+    experts = sorted(range(len(logits_E)), key=lambda e: (-logits_E[e], e))[:top_k]
+    total = 1.0 if top_k == 1 else sum(probs[e] for e in experts)
+    return experts, [probs[e] / total for e in experts]
+
+
+def cross_entropy(logits_BxC: Array, labels_B: Array, label_smoothing: float) -> Array:
+    losses = []
+    for logits, label in zip(logits_BxC, labels_B, strict=True):
+        classes = len(logits)
+        target = np.full(classes, label_smoothing / classes)
+        target[label] += 1 - label_smoothing
+        losses.append(-sum(target[c] * math.log(softmax(logits)[c]) for c in range(classes)))
+    return np.array(losses)
+
+
+def load_balance(probs_BxTxE: Array, experts_BxTxK: Array, weight_B: Array) -> float:
+    num_experts = probs_BxTxE.shape[-1]
+    share, mean, tokens = np.zeros(num_experts), np.zeros(num_experts), 0.0
+    for b, weight in enumerate(weight_B):
+        for t in range(probs_BxTxE.shape[1]):
+            tokens += weight
+            mean += weight * probs_BxTxE[b, t]
+            for expert in experts_BxTxK[b, t]:
+                share[expert] += weight
+    return num_experts * float(np.dot(share / share.sum(), mean / tokens))
+
+
+def router_z(logits_BxTxE: Array, weight_B: Array) -> float:
+    total = sum(
+        weight * math.log(np.exp(token).sum()) ** 2
+        for weight, example in zip(weight_B, logits_BxTxE, strict=True)
+        for token in example
+    )
+    return total / (sum(weight_B) * logits_BxTxE.shape[1])
+
+
+def entropy(probs_BxTxE: Array, weight_B: Array) -> float:
+    total = sum(
+        -weight * p * math.log(p)
+        for weight, example in zip(weight_B, probs_BxTxE, strict=True)
+        for token in example
+        for p in token
+        if p > 0
+    )
+    return total / (sum(weight_B) * probs_BxTxE.shape[1])
+
+
+def spatial_smoothness(probs_BxPxE: Array, grid: tuple[int, int], weight_B: Array) -> float:
+    rows, columns = grid
+    total, neighbours = 0.0, 0.0
+    for weight, p in zip(weight_B, probs_BxPxE, strict=True):
+        for row in range(rows):
+            for column in range(columns):
+                for other_row, other_column in ((row, column + 1), (row + 1, column)):
+                    if other_row < rows and other_column < columns:
+                        here, there = row * columns + column, other_row * columns + other_column
+                        total += weight * sum((p[here] - p[there]) ** 2)
+                        neighbours += weight
+    return total / neighbours if neighbours else 0.0
+
+
+class Report(NamedTuple):
+    """The fields of `RouterReport`."""
+
+    load_balance: float
+    router_z: float
+    smoothness: float
+    assignments_E: Array
+    entropy: float
+
+
+def report(logits_BxTxE: Array, top_k: int, grid: tuple[int, int], weight_B: Array) -> Report:
+    probs = np.array([[softmax(token) for token in example] for example in logits_BxTxE])
+    experts = np.array([[route(token, top_k)[0] for token in example] for example in logits_BxTxE])
+    assignments = np.zeros(logits_BxTxE.shape[-1])
+    for weight, example in zip(weight_B, experts, strict=True):
+        for expert in example.flatten():
+            assignments[expert] += weight
+    return Report(
+        load_balance(probs, experts, weight_B),
+        router_z(logits_BxTxE, weight_B),
+        spatial_smoothness(probs[:, 1:], grid, weight_B),
+        assignments,
+        entropy(probs, weight_B),
+    )
+
+
+# Feed-forward layers, token by token
+
+
+def gelu(x: Array) -> Array:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def dense_mlp(params: Any, x_BxTxD: Array) -> Array:
+    def token(x: Array) -> Array:
+        h = gelu(params["up"]["kernel"].T @ x + params["up"]["bias"])
+        return params["down"]["kernel"].T @ h + params["down"]["bias"]
+
+    return _by_token(token, x_BxTxD)
+
+
+def standard_moe(params: Any, x_BxTxD: Array, top_k: int) -> Array:
+    def token(x: Array) -> Array:
+        y = np.zeros_like(x)
+        for expert, gate in zip(*route(params["router"]["kernel"].T @ x, top_k), strict=True):
+            h = gelu(params["up_kernel"][expert].T @ x + params["up_bias"][expert])
+            y += gate * (params["down_kernel"][expert].T @ h + params["down_bias"][expert])
+        return y
+
+    return _by_token(token, x_BxTxD)
+
+
+def butterfly_moe(params: Any, x_BxTxD: Array, *, form: str, top_k: int, num_stages: int, order: str) -> Array:
+    """The prototypes in `params` are taken as they are, so quantise them first.
+
+    separate: W_i = B(phi_i) W_q B(theta_i)^T, up and down; tied: down is W_i^T; reference: B(theta_i) W_q B(phi_i).
+    """
+
+    def rotation(angles_A: Array, dim: int) -> Array:
+        return rotation_matrix(dim, min(num_stages, math.ceil(math.log2(dim))), order, angles_A)
+
+    def rotated(prefix: str, expert: int) -> Array:
+        w_q = params[f"{prefix}prototype"].T
+        outputs, inputs = w_q.shape
+        theta, phi = params[f"{prefix}theta_angles"][expert], params[f"{prefix}phi_angles"][expert]
+        if form == "reference":
+            return rotation(theta, outputs) @ w_q @ rotation(phi, inputs)
+        return rotation(phi, outputs) @ w_q @ rotation(theta, inputs).T
+
+    experts = range(params["router"]["kernel"].shape[1])
+    if form == "separate":
+        up, down = [rotated("up_", e) for e in experts], [rotated("down_", e) for e in experts]
+    else:
+        up = [rotated("", e) for e in experts]
+        down = [w.T for w in up]
+
+    def token(x: Array) -> Array:
+        chosen = list(zip(*route(params["router"]["kernel"].T @ x, top_k), strict=True))
+        if form == "reference":
+            h = sum(gate * (up[e] @ x) for e, gate in chosen)
+            return params["projection"]["kernel"].T @ h + params["projection"]["bias"]
+        return sum(
+            gate * (down[e] @ gelu(up[e] @ x + params["up_bias"]) + params["down_bias"]) for e, gate in chosen
+        )
+
+    return _by_token(token, x_BxTxD)
+
+
+def _by_token(function: Callable[[Array], Array], x_BxTxD: Array) -> Array:
+    return np.array([[function(token) for token in example] for example in x_BxTxD])

@@ -1,0 +1,399 @@
+import copy
+import dataclasses
+import importlib
+import json
+import pkgutil
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import configs
+from bvit_jax.config import Config, DataConfig, LossConfig, OptimizerConfig, from_dict, resolve
+from bvit_jax.model_config import ConfigError, ModelConfig
+from configs import digits, paper
+from tests.conftest import make_config
+
+RUN_CONFIGS = [module.name for module in pkgutil.iter_modules(configs.__path__) if not module.name.startswith("sweep")]
+
+PROCEDURAL = {
+    "name": "procedural",
+    "max_shift": 1,
+    "shift_probability": 0.5,
+    "noise": 0.1,
+    "image_size": 8,
+    "channels": 3,
+    "num_classes": 5,
+    "num_train": 20,
+    "num_validation": 5,
+    "num_test": 5,
+    "seed": 3,
+}
+
+# Another possible value for every leaf of the configuration of `raw_config(PROCEDURAL)`.
+OTHER: dict[str, Any] = {
+    "seed": 1,
+    "total_steps": 7,
+    "batch_size": 8,
+    "log_every": 3,
+    "eval_every": 4,
+    **{f"data.{name}": value + 1 for name, value in PROCEDURAL.items() if isinstance(value, int) and name != "image_size"},
+    "data.name": "digits",
+    "data.shift_probability": 1.0,
+    "data.noise": 0.123,
+    "model.family": "standard",
+    "model.form": "tied",
+    "model.num_experts": 5,
+    "model.top_k": 1,
+    "model.moe_layers": "1",
+    "model.num_stages": 1,
+    "model.stride_order": "ascending",
+    "model.ternary_scale": "tensor",
+    "model.angle_init": 0.123,
+    "model.router_noise": 0.123,
+    "model.compute_dtype": "bfloat16",
+    "model.patch_size": 4,
+    "model.num_layers": 1,
+    "model.d_model": 32,
+    "model.d_ff": 64,
+    "model.num_heads": 2,
+    "loss.label_smoothing": 0.123,
+    "loss.load_balance": 0.123,
+    "loss.router_z": 0.123,
+    "loss.smoothness": 0.123,
+    "optimizer.learning_rate": 0.123,
+    "optimizer.warmup_steps": 1,
+    "optimizer.weight_decay": 0.123,
+    "optimizer.clip_norm": 0.123,
+    "optimizer.prototype_multiplier": 0.123,
+    "optimizer.angle_multiplier": 0.123,
+    "optimizer.router_multiplier": 0.123,
+}
+
+
+def raw_config(data: dict[str, Any] | None = None, **changes: object) -> dict[str, Any]:
+    """Returns a nested configuration as in configs/, made short; `changes` as `make_config`."""
+    raw = digits.get_config("butterfly,4").to_dict()
+    raw |= {"total_steps": 6, "batch_size": 16, "log_every": 2, "eval_every": 3}
+    raw["model"] |= {"top_k": 2, "num_stages": 2}
+    raw["optimizer"]["warmup_steps"] = 2
+    if data is not None:
+        raw["data"] = dict(data)
+    for name, value in changes.items():
+        put(raw, name.replace("__", "."), value)
+    return raw
+
+
+def put(raw: dict[str, Any], name: str, value: object) -> None:
+    *sections, field = name.split(".")
+    for section in sections:
+        raw = raw[section]
+    raw[field] = value
+
+
+def changed(name: str, value: object, data: dict[str, Any] | None = None) -> Config:
+    raw = raw_config(data)
+    put(raw, name, value)
+    return resolve(raw)
+
+
+def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in nested.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "right"),
+    [
+        ("seed", -1, "0 or more"),
+        ("total_steps", 0, "at least 1"),
+        ("batch_size", 0, "at least 1"),
+        ("log_every", 0, "at least 1"),
+        ("eval_every", -5, "at least 1"),
+        ("optimizer.warmup_steps", 6, "under total_steps = 6"),
+        ("optimizer.warmup_steps", -1, "0 or more"),
+        ("optimizer.learning_rate", 0.0, "above 0"),
+        ("optimizer.clip_norm", 0.0, "above 0"),
+        ("optimizer.weight_decay", -0.1, "0 or more"),
+        ("optimizer.prototype_multiplier", -1.0, "0 or more"),
+        ("optimizer.angle_multiplier", -1.0, "0 or more"),
+        ("optimizer.router_multiplier", -1.0, "0 or more"),
+        ("loss.label_smoothing", 1.0, "0 to under 1"),
+        ("loss.label_smoothing", -0.1, "0 to under 1"),
+        ("loss.load_balance", -0.01, "0 or more"),
+        ("loss.router_z", -0.01, "0 or more"),
+        ("loss.smoothness", -0.01, "0 or more"),
+        ("data.name", "cifar", "digits or procedural"),
+        ("data.max_shift", -1, "0 or more"),
+        ("data.max_shift", 8, "under 8"),
+        ("data.shift_probability", 1.5, "0 to 1"),
+        ("data.shift_probability", -0.5, "0 to 1"),
+        ("data.noise", -0.1, "0 or more"),
+        ("data.seed", -1, "0 or more"),
+        ("data.image_size", 0, "at least 1"),
+        ("data.channels", 0, "at least 1"),
+        ("data.num_classes", 0, "at least 1"),
+        ("data.num_train", 0, "at least 1"),
+        ("data.num_validation", 0, "at least 1"),
+        ("data.num_test", 0, "at least 1"),
+        ("model.image_size", 16, "that of the procedural images, 8"),
+        ("model.variant", "huge", "tiny or small or paper or vit_s16 or vit_b16"),
+        ("model.variant", None, "tiny or small or paper or vit_s16 or vit_b16"),
+        ("model.family", "sparse", "dense or standard or butterfly"),
+        ("model.top_k", 5, "at most num_experts = 4"),
+    ],
+)
+def test_an_impossible_value_is_named_with_what_would_be_right(name, value, right):
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{name} = {value!r}: it must be {right}')}$"):
+        changed(name, value, PROCEDURAL)
+
+
+@pytest.mark.parametrize("value", ["3", True, False, None, float("nan"), float("inf"), [3]])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("seed", "an integer"),
+        ("total_steps", "an integer"),
+        ("data.max_shift", "an integer"),
+        ("model.num_experts", "an integer"),
+        ("optimizer.warmup_steps", "an integer"),
+        ("data.noise", "a finite number"),
+        ("model.angle_init", "a finite number"),
+        ("loss.smoothness", "a finite number"),
+        ("optimizer.learning_rate", "a finite number"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(name, kind, value):
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{name} = {value!r}: it must be {kind}')}$"):
+        changed(name, value)
+
+
+@pytest.mark.parametrize("name", ["seed", "model.num_experts", "model.d_model", "data.num_test"])
+def test_a_fraction_is_no_integer_even_if_whole(name):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(name)} = 4\.0: it must be an integer$"):
+        changed(name, 4.0, PROCEDURAL)
+
+
+@pytest.mark.parametrize("value", [2, None, ["every"]])
+def test_text_must_be_text(value):
+    with pytest.raises(ConfigError, match=rf"^model\.moe_layers = {re.escape(repr(value))}: it must be text$"):
+        changed("model.moe_layers", value)
+
+
+@pytest.mark.parametrize("name", ["model.family", "model.form", "model.compute_dtype", "data.name", "model.variant"])
+@pytest.mark.parametrize("value", [3, None, ["dense"]])
+def test_a_choice_of_another_type_is_refused(name, value):
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{name} = {value!r}: it must be ')}"):
+        changed(name, value, PROCEDURAL)
+
+
+@pytest.mark.parametrize("name", ["seed", "loss.smoothness", "model.num_experts"])
+def test_a_number_too_large_for_a_float_is_no_crash(name):
+    huge = 10**400
+    if name == "loss.smoothness":
+        with pytest.raises(ConfigError, match=rf"^{re.escape(name)} = 10+: it must be a finite number$"):
+            changed(name, huge)
+    else:
+        try:
+            resolve(raw_config(**{name.replace(".", "__"): huge}))
+        except ConfigError as error:
+            assert name in str(error)  # refused or taken, but never another exception
+
+
+def test_ints_pass_for_floats_and_mean_the_same():
+    config = changed("model.angle_init", 1)
+    assert isinstance(config.model.angle_init, float)
+    assert config == changed("model.angle_init", 1.0)
+    assert config.digest() == changed("model.angle_init", 1.0).digest()
+
+
+@pytest.mark.parametrize("name", ["sed", "data.sharpness", "model.experts", "loss.balance", "optimizer.momentum"])
+def test_an_unknown_field_is_named(name):
+    with pytest.raises(ConfigError, match=f"unknown configuration field: {re.escape(name)}$"):
+        changed(name, 1)
+
+
+@pytest.mark.parametrize("name", ["seed", "total_steps", "data.noise", "model.top_k", "loss.router_z", "optimizer.clip_norm"])
+def test_a_missing_field_is_named(name):
+    raw = raw_config()
+    *sections, field = name.split(".")
+    del (raw[sections[0]] if sections else raw)[field]
+    with pytest.raises(ConfigError, match=f"missing configuration field: {re.escape(name)}$"):
+        resolve(raw)
+
+
+def test_several_unknown_fields_are_all_named():
+    raw = raw_config()
+    raw["loss"] |= {"b": 1, "a": 2}
+    with pytest.raises(ConfigError, match=r"unknown configuration field: loss\.a, loss\.b$"):
+        resolve(raw)
+
+
+@pytest.mark.parametrize("section", ["data", "model", "loss", "optimizer"])
+@pytest.mark.parametrize("value", [None, 3, "tiny"])
+def test_a_section_must_be_a_section(section, value):
+    with pytest.raises(ConfigError, match=f"^{section} = {re.escape(repr(value))}: it must be a section of fields$"):
+        changed(section, value)
+
+
+@pytest.mark.parametrize("section", ["data", "model", "loss", "optimizer"])
+def test_a_section_cannot_be_left_out(section):
+    raw = raw_config()
+    del raw[section]
+    with pytest.raises(ConfigError, match=f"^{section} = None: it must be a section of fields$"):
+        resolve(raw)
+
+
+def test_warm_up_may_last_till_the_last_step_but_one():
+    assert changed("optimizer.warmup_steps", 5).optimizer.warmup_steps == 5
+
+
+def test_resolve_leaves_its_argument_alone():
+    raw = raw_config()
+    before = copy.deepcopy(raw)
+    resolve(raw)
+    assert raw == before
+
+
+def test_the_digits_fill_in_what_they_fix():
+    data = make_config().data
+    assert (data.image_size, data.channels, data.num_classes) == (8, 1, 10)
+    assert (data.num_train, data.num_validation, data.num_test, data.seed) == (1200, 197, 400, 0)
+
+
+def test_channels_and_classes_of_the_model_are_the_datas():
+    model = resolve(raw_config(PROCEDURAL)).model
+    assert (model.channels, model.num_classes) == (3, 5)
+
+
+def test_a_shape_field_replaces_the_variants():
+    model = changed("model.d_model", 32).model
+    assert (model.d_model, model.d_ff, model.num_layers) == (32, 128, 2)
+
+
+def test_none_keeps_the_variants_shape_and_so_does_absence():
+    raw = raw_config()
+    assert raw["model"]["d_model"] is None
+    del raw["model"]["d_model"]
+    assert resolve(raw) == resolve(raw_config())
+    assert resolve(raw).model.d_model == 64
+
+
+def test_a_wrong_shape_field_is_not_taken_for_absent():
+    for value in (0, False):
+        with pytest.raises(ConfigError, match=rf"model\.d_model = {value}: it must be"):
+            changed("model.d_model", value)
+
+
+def test_dense_models_of_four_and_sixteen_experts_are_one():
+    configs_ = [resolve(digits.get_config(f"dense,{experts}").to_dict()) for experts in (4, 16)]
+    assert configs_[0] == configs_[1]
+    assert configs_[0].digest() == configs_[1].digest()
+
+
+def test_the_form_matters_to_butterflies_alone():
+    for family, number in (("dense", 1), ("standard", 1), ("butterfly", 3)):
+        digests = {resolve(digits.get_config(f"{family},4,{form}").to_dict()).digest() for form in ("separate", "tied", "reference")}
+        assert len(digests) == number
+
+
+def test_fields_that_the_digits_fix_do_not_change_the_digest():
+    assert changed("data.seed", 7).digest() == resolve(raw_config()).digest()
+    assert changed("data.num_train", 7).digest() == resolve(raw_config()).digest()
+
+
+def test_the_digest_names_a_configuration_in_twelve_hexadecimal_digits():
+    digest = resolve(raw_config()).digest()
+    assert re.fullmatch("[0-9a-f]{12}", digest)
+    assert digest == resolve(raw_config()).digest()
+
+
+@given(st.randoms(use_true_random=False))
+def test_the_digest_does_not_depend_on_the_order_of_fields(random):
+    def shuffled(nested: dict[str, Any]) -> dict[str, Any]:
+        names = list(nested)
+        random.shuffle(names)
+        return {name: shuffled(nested[name]) if isinstance(nested[name], dict) else nested[name] for name in names}
+
+    config = resolve(shuffled(raw_config()))
+    assert config.digest() == resolve(raw_config()).digest()
+    assert from_dict(shuffled(config.to_dict())).digest() == config.digest()
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_every_field_changes_the_digest(name):
+    config = resolve(raw_config(PROCEDURAL))
+    assert changed(name, OTHER[name], PROCEDURAL).digest() != config.digest()
+
+
+def test_every_leaf_is_covered_above():
+    derived = {"data.image_size", "model.image_size", "model.channels", "model.num_classes"}
+    assert OTHER.keys() | derived == leaves(resolve(raw_config(PROCEDURAL)).to_dict()).keys()
+
+
+def test_image_sizes_change_the_digest_together():
+    raw = raw_config(PROCEDURAL | {"image_size": 16}, model__image_size=16)
+    assert resolve(raw).digest() != resolve(raw_config(PROCEDURAL)).digest()
+
+
+@pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])
+def test_a_stored_configuration_comes_back_equal(family):
+    config = resolve(raw_config(PROCEDURAL, model__family=family))
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert stored == config.to_dict()
+    back = from_dict(stored)
+    assert back == config
+    assert back.digest() == config.digest()
+    assert isinstance(back.model, ModelConfig)
+    assert isinstance(back.data, DataConfig)
+    assert isinstance(back.loss, LossConfig)
+    assert isinstance(back.optimizer, OptimizerConfig)
+
+
+def test_a_stored_configuration_is_checked_on_its_return():
+    stored = make_config().to_dict()
+    with pytest.raises(ConfigError, match="unknown configuration field: model.variant"):
+        from_dict(stored | {"model": stored["model"] | {"variant": "tiny"}})
+    with pytest.raises(ConfigError, match=r"loss\.router_z = -1\.0: it must be 0 or more"):
+        from_dict(stored | {"loss": stored["loss"] | {"router_z": -1}})
+    del stored["optimizer"]
+    with pytest.raises(ConfigError, match="optimizer = None: it must be a section"):
+        from_dict(stored)
+
+
+def test_configurations_are_frozen_and_hashable():
+    config = make_config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 3
+    assert hash(config) == hash(make_config())
+
+
+@pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])
+@pytest.mark.parametrize("name", RUN_CONFIGS)
+def test_every_configuration_file_resolves_for_every_family(name, family):
+    get_config = importlib.import_module(f"configs.{name}").get_config
+    config = resolve(get_config(f"{family},16").to_dict())
+    assert config.model.family == family
+    assert config.model.num_experts == (1 if family == "dense" else 16)
+    assert resolve(get_config().to_dict()).model.family == "butterfly"
+
+
+def test_the_configuration_files_are_found():
+    assert {"digits", "paper"} <= set(RUN_CONFIGS)
+
+
+def test_the_arguments_of_a_configuration_file_are_family_experts_form():
+    model = resolve(digits.get_config(" butterfly , 16 , reference").to_dict()).model
+    assert (model.family, model.num_experts, model.form) == ("butterfly", 16, "reference")
+    assert resolve(digits.get_config("butterfly").to_dict()).model.num_experts == 8
+
+
+def test_the_paper_file_is_the_papers_setting():
+    model = resolve(paper.get_config().to_dict()).model
+    assert (model.num_layers, model.d_model, model.d_ff, model.num_experts) == (7, 256, 1024, 64)
+    assert (model.form, model.num_stages, model.moe_layers) == ("tied", 2, "every")
+    assert (model.image_size, model.channels, model.num_classes) == (32, 3, 100)
