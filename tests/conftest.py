@@ -17,7 +17,7 @@ from configs import digits
 
 # Compiled programs are shared between test processes and runs.
 _CACHE = Path(tempfile.gettempdir()) / f"bvit_jax_tests_{os.getuid()}"
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE)))
+jax.config.update("jax_compilation_cache_dir", os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE)))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 _STRICT = ("test_ternary", "test_butterfly", "test_losses", "test_routing", "test_dispatch", "test_moe", "test_vit")

@@ -44,7 +44,9 @@ def test_a_run_leaves_its_result_metrics_and_configuration(finished):
         *[(3, "validation"), (6, "validation"), (7, "validation")],
         (7, "test"),
     ]
-    assert {"loss", "cross_entropy", "load_balance", "router_z", "smoothness", "accuracy", "grad_norm"} <= rows[0].keys()
+    assert {"loss", "cross_entropy", "load_balance", "router_z", "smoothness", "accuracy", "grad_norm"} <= rows[
+        0
+    ].keys()
     validation = next(row for row in rows if row["split"] == "validation")
     assert np.shape(validation["expert_load"]) == (2, 4)
     assert len(validation["router_entropy"]) == len(validation["dead_experts"]) == 2
@@ -167,7 +169,8 @@ for argument in ("butterfly,4", "standard,4"):
     config = make_config(argument, model__router_noise=0.5, model__num_layers=1, model__d_model=16, model__d_ff=32)
     mesh = sharding.make_mesh()
     split = data.load(config.data).train
-    state, step = train_step.init_state(config), train_step.make_train_step(config, mesh)
+    state = jax.jit(lambda: train_step.init_state(config), out_shardings=sharding.replicated(mesh))()
+    step = train_step.make_train_step(config, mesh)
     key = jax.random.key(0)
     for index in range(5):
         batch = data.train_batch(split, 16, 0, index)
@@ -180,7 +183,9 @@ print(json.dumps({"devices": jax.device_count(), "losses": losses}))
 def test_one_device_and_four_give_the_same_losses():
     found = []
     for devices in (1, 4):
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+        # NPROC: devices that wait for each other need a thread each, however few cores there are.
+        devices_flag = f"--xla_force_host_platform_device_count={devices}"
+        flags = {"XLA_FLAGS": devices_flag, "JAX_PLATFORMS": "cpu", "NPROC": "16"}
         run = subprocess.run(
             [sys.executable, "-c", MULTI_DEVICE], cwd=ROOT, env=os.environ | flags, capture_output=True, text=True
         )

@@ -1,0 +1,135 @@
+"""The entry points, started as a user starts them."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--config.total_steps=6", "--config.log_every=2", "--config.eval_every=3", "--config.optimizer.warmup_steps=2"]
+SHORT_SWEEP = [flag.replace("config.", "config.base.") for flag in SHORT]
+SMALL_GRID = [
+    *('--config.grid.model.family=("dense","standard","butterfly")', "--config.grid.model.num_experts=(2,4)"),
+    "--config.grid.seed=(0,)",
+]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", *map(str, arguments)]
+
+
+def start(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+def train(workdir: Path, *flags: str, config: str = "configs/digits.py") -> subprocess.CompletedProcess[str]:
+    return start("experiments.train", f"--config={config}", f"--workdir={workdir}", *SHORT, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.model.variant=huge"], "model.variant = 'huge': it must be tiny or small or paper"),
+        (["--config.model.form=round"], "model.form = 'round': it must be separate or tied or reference"),
+        (["--config.model.top_k=9"], "model.top_k = 9: it must be at most num_experts = 8"),
+        (["--config.model.patch_size=3"], "model.patch_size = 3: it must be a divisor of image_size = 8"),
+        (["--config.loss.smoothness=-0.5"], "loss.smoothness = -0.5: it must be 0 or more"),
+        (["--config.total_steps=0"], "total_steps = 0: it must be at least 1"),
+        (["--workdir=/proc/nowhere"], "workdir = '/proc/nowhere': it must be a directory that can be written to"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_leaves_nothing_behind(tmp_path, flags, message):
+    workdir = tmp_path / "run"
+    run = train(workdir, *flags)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in run.stderr
+    assert not workdir.exists()
+
+
+def test_train_writes_its_result_and_refuses_the_workdir_to_another_configuration(tmp_path):
+    run = train(tmp_path, config="configs/digits.py:dense")
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {"test_accuracy", "steps", "seed", "config_digest"} <= result.keys()
+    assert (tmp_path / "metrics.jsonl").exists()
+    files = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    other = train(tmp_path, "--config.seed=3", config="configs/digits.py:dense")
+    assert other.returncode == 2
+    assert "another configuration" in other.stderr
+    assert "seed: 0 != 3" in other.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == files
+
+
+def test_a_config_without_a_sweep_is_refused(tmp_path):
+    run = start("experiments.sweep", "--config=configs/digits.py", f"--workdir={tmp_path / 'sweep'}")
+    assert run.returncode == 2
+    assert "a sweep has base, grid and memory_base" in run.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_help_says_how_to_start():
+    for name in ("train", "sweep"):
+        shown = start(f"experiments.{name}", "--help").stdout
+        assert f"python -m experiments.{name}" in shown
+        assert "--workdir" in shown
+
+
+def children_of(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in listed.split()]
+
+
+def is_running(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def test_a_killed_sweep_takes_its_trials_along_goes_on_and_then_finishes_at_once(tmp_path):
+    sweep = ["experiments.sweep", f"--workdir={tmp_path}", "--jobs=2", *SHORT_SWEEP, *SMALL_GRID]
+    process = subprocess.Popen(command(*sweep), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("trials/*/result.json")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    trials = children_of(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert trials
+    while any(map(is_running, trials)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, trials))
+    first_results = {path: path.stat().st_mtime_ns for path in tmp_path.glob("trials/*/result.json")}
+    assert 1 <= len(first_results) < 5
+
+    second = start(*sweep)
+    assert second.returncode == 0, second.stderr
+    assert (
+        first_results.items()
+        <= {path: path.stat().st_mtime_ns for path in tmp_path.glob("trials/*/result.json")}.items()
+    )
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
+    assert [(row["family"], row["num_experts"], row["form"]) for row in rows] == [
+        *[("dense", "1", "-"), ("standard", "2", "-"), ("standard", "4", "-")],
+        *[("butterfly", "2", "separate"), ("butterfly", "4", "separate")],
+    ]
+    assert {row["status"] for row in rows} == {"ok"}
+    assert all(row["wall_seconds"] and row["test_accuracy"] for row in rows)
+    for name in ("accuracy_vs_experts", "bytes_vs_experts", "accuracy_vs_bytes", "memory_vs_experts"):
+        assert (tmp_path / "plots" / f"{name}.png").exists()
+    assert "| butterfly | separate | 4 |" in (tmp_path / "summary.md").read_text()
+    # The paper's figures, counted from shapes.
+    for figure in ("939.52", "2.656", "353.7"):
+        assert figure in second.stdout
+
+    results = (tmp_path / "results.csv").read_bytes()
+    third = start(*sweep)
+    assert third.returncode == 0, third.stderr
+    assert "5 trials, 5 finished" in third.stdout
+    assert (tmp_path / "results.csv").read_bytes() == results
