@@ -190,7 +190,7 @@ _rotate.defvjp(_rotate_forward, _rotate_backward)
 def _in_order(
     stages: Stages, angles: jax.Array, expert: jax.Array | None, x: jax.Array, inverse: bool
 ) -> list[tuple[Stage, jax.Array, jax.Array]]:
-    """Lists (stage, cos, sin) in the order of application; cos and sin as (..., outer, pairs, inner), as `x` is split."""
+    """Lists (stage, cos, sin) in the order of application; both as (..., outer, pairs, inner)."""
     angles = angles.astype(jnp.promote_types(x.dtype, jnp.float32))
     # Both tables side by side: one gather of long rows is several times faster than one per stage and function.
     table = jnp.concatenate([jnp.cos(angles), jnp.sin(-angles if inverse else angles)], axis=-1)

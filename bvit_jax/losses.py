@@ -3,12 +3,14 @@
 Axes: B batch, T tokens, E experts, C classes.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
 
 def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
     """Mean of `values` with `weights` of the same shape; 0 where all weights are 0."""
+    chex.assert_equal_shape([values, weights])
     return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
 
 
@@ -19,7 +21,12 @@ def cross_entropy(logits_BxC: jax.Array, labels_B: jax.Array, label_smoothing: f
         logits_BxC: (B, C), floating.
         labels_B: int (B,), 0 to C - 1.
         label_smoothing: probability mass spread evenly over all C classes.
+
+    Raises:
+        AssertionError: if the shapes are not (B, C) and (B,).
     """
+    chex.assert_rank([logits_BxC, labels_B], [2, 1])
+    chex.assert_equal_shape_prefix([logits_BxC, labels_B], 1)
     log_probs = jax.nn.log_softmax(logits_BxC.astype(jnp.float32))
     target = jnp.take_along_axis(log_probs, labels_B[:, None], axis=-1)[:, 0]
     return -(1 - label_smoothing) * target - label_smoothing * log_probs.mean(axis=-1)
@@ -57,6 +64,9 @@ def spatial_smoothness(probs_BxPxE: jax.Array, grid: tuple[int, int], weight_B: 
         probs_BxPxE: routing probabilities of the patches in row order, without the class token.
         grid: rows and columns, rows * columns = P.
         weight_B: (B,), 1 for examples that count.
+
+    Raises:
+        ValueError: if the patches do not fill the grid.
 
     References:
         Karmore, "ButterflyViT", arXiv 2603.06746.

@@ -292,6 +292,11 @@ def _summary(group: list[ResultRow]) -> Summary:
 def to_markdown(summaries: Sequence[Summary], rows: Sequence[ResultRow]) -> str:
     """Formats the summary table, and lists the trials that failed or are unfinished."""
     lines = [
+        "Test accuracy in per cent, mean ± standard deviation over seeds, of the checkpoint that is best on validation. "
+        "MB: 10^6 bytes. `paper` counts the expert matrices by the paper's formula, `full` every tensor of the model as "
+        "stored for inference. x: bytes of the standard mixture of equal shape and experts, over these. images/s: "
+        "training, with the sweep's other trials running beside it.",
+        "",
         "| family | form | experts | settings | seeds | test accuracy | test NLL | params | MB paper | MB full "
         "| x paper | x full | x full, FFN | images/s |",
         "|" + "---|" * 14,

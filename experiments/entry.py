@@ -12,7 +12,10 @@ Main = Callable[[Sequence[str]], None]
 
 
 def run(main: Main) -> None:
-    """Runs an entry point: a ConfigError becomes one line and exit status 2; libraries report from warnings upwards."""
+    """Runs an entry point: a ConfigError becomes one line and exit status 2, Ctrl-C one line and 130.
+
+    Libraries report from warnings upwards.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str]) -> None:
@@ -24,5 +27,8 @@ def run(main: Main) -> None:
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
 
     app.run(wrapped)
