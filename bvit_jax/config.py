@@ -185,11 +185,14 @@ def from_dict(stored: Mapping[str, Any]) -> Config:
 
 
 def _fixed_data(data: dict[str, Any]) -> dict[str, Any]:
-    """Fills in what the embedded sets fix, so that equal data have equal configurations."""
-    if data.get("name") == "digits":
-        data |= {"image_size": 8, "channels": 1, "num_classes": 10}
-        data |= {"num_train": 1200, "num_validation": 197, "num_test": 400, "seed": 0}
-    return data
+    """Fills in what an embedded set fixes, so that equal data have equal configurations."""
+    if data.get("name") != "digits":
+        return data
+    fixed = {"image_size": 8, "channels": 1, "num_classes": 10}
+    fixed |= {"num_train": 1200, "num_validation": 197, "num_test": 400, "seed": 0}
+    for field, value in fixed.items():
+        require(data.get(field, value) == value, f"data.{field}", data.get(field), f"{value}, which digits fix")
+    return data | fixed
 
 
 def _section(sections: Mapping[str, Any], name: str) -> dict[str, Any]:

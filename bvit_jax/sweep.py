@@ -157,6 +157,7 @@ def _with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
         for section in sections:
             require(isinstance(place.get(section), dict), f"grid.{name}", value, "of a section that the base has")
             place = place[section]
+        require(field in place, f"grid.{name}", value, "of a field that the base has")
         place[field] = value
     return result
 
@@ -292,8 +293,8 @@ def _summary(group: list[ResultRow]) -> Summary:
 def to_markdown(summaries: Sequence[Summary], rows: Sequence[ResultRow]) -> str:
     """Formats the summary table, and lists the trials that failed or are unfinished."""
     lines = [
-        "Test accuracy in per cent, mean ± standard deviation over seeds, of the checkpoint that is best on validation. "
-        "MB: 10^6 bytes. `paper` counts the expert matrices by the paper's formula, `full` every tensor of the model as "
+        "Test accuracy in per cent, mean ± standard deviation over seeds, of the best checkpoint on validation. "
+        "MB: 10^6 bytes. `paper` counts the expert matrices by the paper's formula, `full` every tensor as "
         "stored for inference. x: bytes of the standard mixture of equal shape and experts, over these. images/s: "
         "training, with the sweep's other trials running beside it.",
         "",
