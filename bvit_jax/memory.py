@@ -9,6 +9,7 @@ Two accountings stand side by side:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -75,6 +76,7 @@ class Ledger:
         return sum(row.bytes_full for row in self.rows if row.component in _MIXTURE | {"scales"})
 
 
+@functools.lru_cache(maxsize=256)
 def ledger(config: ModelConfig) -> Ledger:
     """Counts a model. No array is made, so any number of experts is at once.
 

@@ -2,7 +2,7 @@
 
 A sweep's directory:
 
-    sweep.json      the base configuration and the grid        results.csv   one row a trial of the grid
+    sweep.json      the base configuration and the grid        results.csv   one row a trial of the grid (.json too)
     trials/DIGEST/  one run each (`bvit_jax.train`)            summary.md    means over seeds
 
 Every trial runs in a process of its own: what it does to its memory or its devices stays its own affair.

@@ -18,7 +18,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.grid = ml_collections.ConfigDict(
         {
             "seed": (0, 1),
-            "model": {"family": ("dense", "standard", "butterfly"), "num_experts": (4, 16, 64)},
+            "model": {
+                "family": ("dense", "standard", "butterfly"),
+                "form": ("separate", "tied"),
+                "num_experts": (4, 16, 64),
+            },
         }
     )
     config.memory_base = paper.get_config()

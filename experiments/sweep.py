@@ -7,15 +7,17 @@ Started again on the same workdir, it skips what is finished and takes up the re
 Any field can be changed on the command line: --config.grid.model.num_experts="(8, 32)" --config.base.total_steps=500
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bvit_jax import config, executor, memory, metrics, plots, sweep
 from bvit_jax.model_config import require
@@ -72,21 +74,25 @@ def main(argv: Sequence[str]) -> None:
 def _write_tables(trials: Sequence[sweep.Trial], workdir: Path) -> list[sweep.Summary]:
     rows = [sweep.result_row(trial) for trial in trials]
     summaries = sweep.summarise(trials, rows)
-    metrics.write_text(workdir / "results.csv", sweep.to_csv(rows))
+    _write_rows(workdir / "results.csv", rows)
     metrics.write_text(workdir / "summary.md", sweep.to_markdown(summaries, rows))
     return summaries
+
+
+def _write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Writes rows as CSV, and as JSON beside it."""
+    metrics.write_text(path, sweep.to_csv(rows))
+    metrics.write_json(path.with_suffix(".json"), [dataclasses.asdict(row) for row in rows])
 
 
 def _draw_memory(base: config.Config, workdir: Path) -> None:
     """Counts the memory_base model from 1 to 4096 experts, from shapes alone, and shows the 64-expert figures."""
     rows = memory.scaling(base.model, MEMORY_EXPERTS)
-    metrics.write_text(workdir / "memory.csv", sweep.to_csv(rows))
+    _write_rows(workdir / "memory.csv", rows)
     m = base.model
-    title = (
-        f"Mixture layers: {sum(m.is_moe_by_layer)} layers, d_model {m.d_model}, d_ff {m.d_ff}, {m.num_stages} stages"
-    )
+    title = f"{sum(m.is_moe_by_layer)} mixture layers, d_model {m.d_model}, d_ff {m.d_ff}, {m.num_stages} stages"
     plots.memory_plot(rows, title, workdir / "plots" / "memory_vs_experts.png")
-    table = Table("", "MB paper", "x", "MB full, FFN", "x", "MB full, model", "x", box=box.SIMPLE)
+    table = _table("paper MB", "x", "full MB, FFN", "x", "full MB, all", "x")
     for row in (row for row in rows if row.num_experts == 64):
         table.add_row(
             _name(row.family, row.form),
@@ -99,7 +105,7 @@ def _draw_memory(base: config.Config, workdir: Path) -> None:
 
 
 def _print_summary(summaries: Sequence[sweep.Summary]) -> None:
-    table = Table("", "experts", "seeds", "test %", "MB paper", "x", "MB full", "x", "images/s", box=box.SIMPLE)
+    table = _table("experts", "seeds", "test %", "paper MB", "x", "full MB", "x", "images/s")
     for summary in summaries:
         row = summary.sample
         spread = "" if math.isnan(summary.accuracy_std) else f" ± {100 * summary.accuracy_std:.2f}"
@@ -110,6 +116,14 @@ def _print_summary(summaries: Sequence[sweep.Summary]) -> None:
             *(_megabytes(row.bytes_full), f"{row.compression_full:.2f}", f"{summary.images_per_second:.0f}"),
         )
     Console().print(table)
+
+
+def _table(*headers: str) -> Table:
+    """Makes a table of a column of names and right-aligned ones of numbers."""
+    table = Table(Column("", no_wrap=True), box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for header in headers:
+        table.add_column(header, justify="right")
+    return table
 
 
 def _name(family: str, form: str) -> str:

@@ -121,6 +121,8 @@ def test_a_killed_sweep_takes_its_trials_along_goes_on_and_then_finishes_at_once
     ]
     assert {row["status"] for row in rows} == {"ok"}
     assert all(row["wall_seconds"] and row["test_accuracy"] for row in rows)
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert [str(row["test_accuracy"]) for row in stored] == [row["test_accuracy"] for row in rows]
     for name in ("accuracy_vs_experts", "bytes_vs_experts", "accuracy_vs_bytes", "memory_vs_experts"):
         assert (tmp_path / "plots" / f"{name}.png").exists()
     assert "| butterfly | separate | 4 |" in (tmp_path / "summary.md").read_text()
