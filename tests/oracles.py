@@ -259,9 +259,7 @@ def butterfly_moe(params: Any, x_BxTxD: Array, *, form: str, top_k: int, num_sta
         if form == "reference":
             h = sum(gate * (up[e] @ x) for e, gate in chosen)
             return params["projection"]["kernel"].T @ h + params["projection"]["bias"]
-        return sum(
-            gate * (down[e] @ gelu(up[e] @ x + params["up_bias"]) + params["down_bias"]) for e, gate in chosen
-        )
+        return sum(gate * (down[e] @ gelu(up[e] @ x + params["up_bias"]) + params["down_bias"]) for e, gate in chosen)
 
     return _by_token(token, x_BxTxD)
 

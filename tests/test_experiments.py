@@ -17,7 +17,7 @@ SHORT = ["--config.total_steps=6", "--config.log_every=2", "--config.eval_every=
 SHORT_SWEEP = [flag.replace("config.", "config.base.") for flag in SHORT]
 SMALL_GRID = [
     *('--config.grid.model.family=("dense","standard","butterfly")', "--config.grid.model.num_experts=(2,4)"),
-    "--config.grid.seed=(0,)",
+    *('--config.grid.model.form=("separate",)', "--config.grid.seed=(0,)"),
 ]
 
 

@@ -10,6 +10,11 @@ from hypothesis import strategies as st
 
 from bvit_jax import losses
 
+load_balance = jax.jit(losses.load_balance)
+router_z = jax.jit(losses.router_z)
+cross_entropy = jax.jit(losses.cross_entropy)
+spatial_smoothness = jax.jit(losses.spatial_smoothness, static_argnames="grid")
+
 SEEDS = st.integers(0, 2**16)
 
 
@@ -28,7 +33,7 @@ def test_weighted_mean() -> None:
 def test_cross_entropy_equals_oracle(seed: int, batch: int, classes: int, smoothing: float) -> None:
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(scale=3, size=(batch, classes)), rng.integers(classes, size=batch)
-    actual = losses.cross_entropy(jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32), smoothing)
+    actual = cross_entropy(logits.astype(np.float32), labels.astype(np.int32), smoothing)
     np.testing.assert_allclose(actual, oracles.cross_entropy(logits, labels, smoothing), rtol=1e-5, atol=1e-6)
 
 
@@ -61,7 +66,7 @@ def test_load_balance_equals_oracle(seed: int, batch: int, tokens: int, experts:
     for b in range(batch):
         for e in chosen[b].flatten():
             counts[e] += weight[b]
-    actual = losses.load_balance(jnp.asarray(probs), jnp.asarray(counts), jnp.repeat(weight[:, None], tokens, axis=1))
+    actual = load_balance(probs, counts, np.repeat(weight[:, None], tokens, axis=1))
     np.testing.assert_allclose(actual, oracles.load_balance(probs, chosen, weight), rtol=1e-5)
 
 
@@ -98,8 +103,8 @@ def test_router_z_equals_oracle(seed: int, batch: int, tokens: int, experts: int
     rng = np.random.default_rng(seed)
     logits, weight = rng.normal(scale=2, size=(batch, tokens, experts)), rng.integers(2, size=batch)
     weight[-1] = 1
-    weight_BxT = jnp.repeat(jnp.asarray(weight, jnp.float32)[:, None], tokens, axis=1)
-    actual = losses.router_z(jnp.asarray(logits, jnp.float32), weight_BxT)
+    weight_BxT = np.repeat(weight[:, None], tokens, axis=1).astype(np.float32)
+    actual = router_z(logits.astype(np.float32), weight_BxT)
     np.testing.assert_allclose(actual, oracles.router_z(logits, weight), rtol=1e-4, atol=1e-6)
 
 
@@ -122,7 +127,7 @@ def test_smoothness_equals_oracle(seed: int, batch: int, grid: tuple[int, int], 
     probs = random_probs(rng, batch, grid[0] * grid[1], experts)
     weight = rng.integers(2, size=batch).astype(np.float32)
     weight[0] = 1
-    actual = losses.spatial_smoothness(jnp.asarray(probs), grid, jnp.asarray(weight))
+    actual = spatial_smoothness(probs, grid, weight)
     np.testing.assert_allclose(actual, oracles.spatial_smoothness(probs, grid, weight), rtol=1e-5, atol=1e-7)
 
 
@@ -153,6 +158,7 @@ def test_examples_of_weight_zero_are_ignored() -> None:
     weight_B = jnp.array([1.0, 0.0, 1.0])
     weight_BxT = jnp.repeat(weight_B[:, None], 6, axis=1)
 
+    @jax.jit
     def all_losses(logits: jax.Array, weight_B: jax.Array, weight_BxT: jax.Array) -> jax.Array:
         probs = jax.nn.softmax(logits)
         balance = losses.load_balance(probs, jnp.array([5.0, 1, 2, 4]), weight_BxT)
@@ -162,6 +168,6 @@ def test_examples_of_weight_zero_are_ignored() -> None:
 
     alone = all_losses(logits[::2], jnp.ones(2), jnp.ones((2, 6)))
     np.testing.assert_allclose(all_losses(logits, weight_B, weight_BxT), alone, rtol=1e-6)
-    gradients = jax.jacrev(all_losses)(logits, weight_B, weight_BxT)
-    assert (gradients[:, 1] == 0).all()
-    assert (jnp.abs(gradients[:, ::2]).max(axis=(1, 2, 3)) > 1e-4).all()
+    gradients = np.asarray(jax.jacrev(all_losses)(logits, weight_B, weight_BxT))
+    assert not np.any(gradients[:, 1])
+    assert (np.abs(gradients[:, ::2]).max(axis=(1, 2, 3)) > 1e-4).all()

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import chex
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from bvit_jax import routing
 
+select = jax.jit(routing.select, static_argnames="top_k")
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[np.ndarray, int]:
@@ -21,11 +24,11 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, int]:
 
 
 @given(cases())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_select_equals_oracle(case: tuple[np.ndarray, int]) -> None:
     logits, top_k = case
-    routed = routing.select(jnp.asarray(logits), top_k)
-    assert routed.experts_BxTxK.dtype == jnp.int32
+    routed = jax.tree.map(np.asarray, select(logits, top_k))
+    assert routed.experts_BxTxK.dtype == np.int32
     for index in np.ndindex(logits.shape[:2]):
         experts, gates = oracles.route(logits[index].astype(np.float64), top_k)
         np.testing.assert_array_equal(routed.experts_BxTxK[index], experts)
@@ -90,13 +93,16 @@ def test_selection_is_in_float32_and_finite_at_extremes() -> None:
         np.testing.assert_array_equal(routed.experts_BxTxK[0, 0], [0, 2, 1][:top_k])
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def report_of(logits: jax.Array, top_k: int, grid: tuple[int, int], weight: jax.Array | None) -> routing.RouterReport:
     return routing.report(logits, routing.select(logits, top_k), grid, weight)
 
 
 @pytest.mark.parametrize(("top_k", "grid"), [(1, (2, 3)), (2, (3, 2)), (3, (1, 6))])
 @pytest.mark.parametrize("weight", [None, (1, 0, 1, 1)])
-def test_report_equals_oracle(top_k: int, grid: tuple[int, int], weight: tuple[int, ...] | None, key: jax.Array) -> None:
+def test_report_equals_oracle(
+    top_k: int, grid: tuple[int, int], weight: tuple[int, ...] | None, key: jax.Array
+) -> None:
     logits = 2 * jax.random.normal(key, (4, 7, 5))
     actual = report_of(logits, top_k, grid, None if weight is None else jnp.array(weight))
     expected = oracles.report(oracles.float64(logits), top_k, grid, np.array(weight or (1, 1, 1, 1)))
@@ -118,7 +124,10 @@ def test_smoothness_leaves_the_class_token_out(key: jax.Array) -> None:
     before, after = report_of(logits, 2, (2, 2), None), report_of(moved, 2, (2, 2), None)
     assert before.smoothness == after.smoothness
     assert before.entropy != after.entropy
-    assert report_of(logits.at[:, 4].add(jnp.array([3.0, -2.0, 0.5])[None]), 2, (2, 2), None).smoothness != before.smoothness
+    assert (
+        report_of(logits.at[:, 4].add(jnp.array([3.0, -2.0, 0.5])[None]), 2, (2, 2), None).smoothness
+        != before.smoothness
+    )
     with pytest.raises(ValueError, match="4 patches do not fill a grid of 1 x 5"):
         report_of(logits, 2, (1, 5), None)
 
@@ -134,10 +143,10 @@ def test_report_at_uniform_and_at_certainty() -> None:
     np.testing.assert_allclose(certain.load_balance, 6, rtol=1e-6)
 
 
-def test_report_losses_send_gradients_to_the_logits(key: jax.Array) -> None:
+def test_report_sends_gradients_to_the_logits(key: jax.Array) -> None:
     logits = jax.random.normal(key, (2, 5, 3))
+    gradients = jax.jacrev(lambda x: report_of(x, 2, (2, 2), None))(logits)
     for name in ("load_balance", "router_z", "smoothness"):
-        gradient = jax.grad(lambda x, name=name: getattr(report_of(x, 2, (2, 2), None), name))(logits)
-        assert jnp.abs(gradient).max() > 1e-3, name
-        assert jnp.isfinite(gradient).all()
-    assert jnp.isfinite(jax.grad(lambda x: report_of(x, 1, (2, 2), None).entropy)(100 * logits)).all()
+        assert np.abs(getattr(gradients, name)).max() > 1e-3, name
+    assert not np.any(gradients.assignments_E)
+    chex.assert_tree_all_finite(jax.jacrev(lambda x: report_of(x, 2, (2, 2), None))(100 * logits))
