@@ -52,7 +52,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the losses; the weighted sum is formed in `bvit_jax.train` alone.
+    """Weights of the losses; the weighted sum is formed in `bvit_jax.train_step.total_loss` alone.
 
     Attributes:
         label_smoothing: probability mass spread over all classes, 0 to under 1.
@@ -100,7 +100,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run in full; two runs with equal configurations give equal numbers.
+    """One run in full; on equal devices and library versions, equal configurations give equal numbers.
 
     Attributes:
         seed: of parameters, data order, augmentation and noise.

@@ -2,7 +2,7 @@
 
 Two paths give the same result:
 
-- `ragged`: rows sorted by expert, then `jax.lax.ragged_dot`; the fast path of TPUs and GPUs.
+- `ragged`: rows sorted by expert, then `jax.lax.ragged_dot`; made for TPUs; GPUs take it too, untimed so far.
 - `blocks`: rows sorted by expert and padded, expert by expert, to blocks of equal height, so that each block is one
   plain matrix product. On CPUs XLA expands `ragged_dot` to all rows times all experts, and this is many times faster.
 

@@ -21,22 +21,45 @@ import jax
 from tqdm import tqdm
 
 from bvit_jax import config, metrics, train
+from bvit_jax.model_config import ConfigError
 from bvit_jax.sweep import ERROR_FILE, Trial, record_failure
 
 POLL_SECONDS = 1.0
 OUTPUT_FILE = "output.txt"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Running:
     trial: Trial
     process: BaseProcess
     steps_at_start: int
 
 
-def default_jobs() -> int:
-    """Trials to run at a time: one per core on CPUs, up to 8; one on accelerators."""
-    return min(len(_cores()), 8) if _backend() == "cpu" else 1
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """What the trials will find: JAX's default backend and its number of devices."""
+
+    backend: str
+    devices: int
+
+    @property
+    def default_jobs(self) -> int:
+        """Trials to run at a time: one per core on CPUs, up to 8; one on accelerators."""
+        return min(len(_cores()), 8) if self.backend == "cpu" else 1
+
+
+def probe_platform() -> Platform:
+    """Asks JAX in another process: asking here would take an accelerator away from the trials.
+
+    Raises:
+        ConfigError: if JAX finds no device to run on.
+    """
+    program = "import jax; print(jax.default_backend(), jax.device_count())"
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise ConfigError(f"JAX does not start: {(asked.stderr.strip() or 'no message').splitlines()[-1]}")
+    backend, devices = asked.stdout.split()[-2:]
+    return Platform(backend, int(devices))
 
 
 def run_trials(
@@ -103,15 +126,20 @@ def _settle(job: _Running) -> None:
 def _show(bar: tqdm, ended_steps: int, running: list[_Running]) -> None:
     """Brings the progress bar up to date from the metrics that the trials write."""
     steps = ended_steps
-    newest: dict[str, Any] = {}
+    shown: dict[str, str] = {}
     for job in running:
-        rows = metrics.read_rows(job.trial.directory / "metrics.jsonl")
+        rows = [row for row in metrics.read_rows(job.trial.directory / "metrics.jsonl") if row["split"] == "train"]
         if rows:
-            steps += rows[-1]["step"] - job.steps_at_start
-            newest = rows[-1]
+            steps += max(rows[-1]["step"] - job.steps_at_start, 0)
+            shown = {name: f"{rows[-1][name]:.3f}" for name in ("loss", "accuracy")}
     bar.update(steps - bar.n)
-    shown = {name: f"{newest[name]:.3f}" for name in ("loss", "accuracy") if name in newest}
-    bar.set_postfix(running=len(running), **shown)
+    bar.set_postfix(running=len(running), images_s=f"{_images_per_second(running):.0f}", **shown)
+
+
+def _images_per_second(running: list[_Running]) -> float:
+    """Adds up the newest throughputs of the trials that have one."""
+    newest = (metrics.read_rows(job.trial.directory / "timing.jsonl")[-1:] for job in running)
+    return sum(row.get("images_per_second", 0.0) for rows in newest for row in rows)
 
 
 def _trial_process(stored: dict[str, Any], directory: Path, cores: list[int], compilation_cache: Path) -> None:
@@ -142,11 +170,3 @@ def _end_with_parent() -> None:
 def _cores() -> list[int]:
     """The cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-def _backend() -> str:
-    """JAX's default backend, asked in another process: asking here would take an accelerator away from the trials."""
-    asked = subprocess.run(
-        [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True, check=True
-    )
-    return asked.stdout.strip().splitlines()[-1]

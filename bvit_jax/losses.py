@@ -1,4 +1,4 @@
-"""Losses of the task and of the router, unweighted: `bvit_jax.train` weights them, in one place.
+"""Losses of the task and of the router, unweighted: `bvit_jax.train_step.total_loss` weights them, in one place.
 
 Axes: B batch, T tokens, E experts, C classes.
 """

@@ -33,10 +33,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class JsonLines:
-    """Appends rows, each with a `step`, to a file; on opening drops those after `last_step`."""
+    """Appends rows, each with a `step`, to a file; on opening drops those after `last_step`, and any of the test split.
+
+    The test split is reported last, so a run that is taken up again has not come to it.
+    """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        kept = [row for row in read_rows(path) if row["step"] <= last_step]
+        kept = [row for row in read_rows(path) if row["step"] <= last_step and row.get("split") != "test"]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
@@ -51,7 +54,10 @@ class JsonLines:
 
 
 class RunLog:
-    """Writes a run's `metrics.jsonl` (a function of the configuration alone), `timing.jsonl` and TensorBoard events."""
+    """Writes a run's `metrics.jsonl`, `timing.jsonl` and TensorBoard events.
+
+    On the same devices and library versions `metrics.jsonl` is a function of the configuration alone.
+    """
 
     def __init__(self, workdir: Path, last_step: int) -> None:
         self._metrics = JsonLines(workdir / "metrics.jsonl", last_step)

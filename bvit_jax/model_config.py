@@ -90,7 +90,8 @@ class ModelConfig:
             *("num_heads", "channels", "num_classes"),
         ):
             require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "at least 1")
-        require(self.top_k <= self.num_experts, "model.top_k", self.top_k, f"at most num_experts = {self.num_experts}")
+        enough = self.family == "dense" or self.top_k <= self.num_experts
+        require(enough, "model.top_k", self.top_k, f"at most num_experts = {self.num_experts}")
         require(
             self.image_size % self.patch_size == 0,
             "model.patch_size",
@@ -134,12 +135,17 @@ class ModelConfig:
                 "angle_init": 0.0,
             }
         )
-        router: dict[str, Any] = {"num_experts": 1, "top_k": 1, "moe_layers": "every", "router_noise": 0.0}
-        return dataclasses.replace(self, **mixture, **(router if self.family == "dense" else {}))
+        layers = moe_layer_indices(self.moe_layers, self.num_layers)
+        named = ("every", tuple(range(self.num_layers))), ("second", tuple(range(1, self.num_layers, 2)))
+        spelling = next((name for name, meant in named if meant == layers), ",".join(map(str, layers)))
+        router: dict[str, Any] = {"moe_layers": spelling}
+        if self.family == "dense":
+            router = {"num_experts": 1, "top_k": 1, "moe_layers": "every", "router_noise": 0.0}
+        return dataclasses.replace(self, **mixture, **router)
 
 
 def moe_layer_indices(moe_layers: str, num_layers: int) -> tuple[int, ...]:
-    """Reads `ModelConfig.moe_layers`.
+    """Reads `ModelConfig.moe_layers`; the indices come back sorted.
 
     Raises:
         ConfigError: if it is none of `every`, `second` and distinct indices from 0 to num_layers - 1.
@@ -149,11 +155,12 @@ def moe_layer_indices(moe_layers: str, num_layers: int) -> tuple[int, ...]:
     if moe_layers == "second" and num_layers > 1:
         return tuple(range(1, num_layers, 2))
     try:
-        indices = tuple(int(part) for part in moe_layers.split(","))
+        indices = tuple(sorted(int(part) for part in moe_layers.split(",")))
     except ValueError:
         indices = ()
     valid = bool(indices) and len(set(indices)) == len(indices) and all(0 <= i < num_layers for i in indices)
-    require(valid, "model.moe_layers", moe_layers, f"every, second, or indices of 0 to {num_layers - 1} such as 0,2")
+    names = "every, second" if num_layers > 1 else "every"
+    require(valid, "model.moe_layers", moe_layers, f"{names} or indices of 0 to {num_layers - 1}, comma between")
     return indices
 
 

@@ -26,9 +26,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raises ConfigError unless a batch splits evenly over the mesh."""
-    require(batch_size % mesh.size == 0, "batch_size", batch_size, f"a multiple of the {mesh.size} devices")
+def check_batch(batch_size: int, devices: int) -> None:
+    """Raises ConfigError unless a batch splits evenly over the devices."""
+    require(batch_size % devices == 0, "batch_size", batch_size, f"a multiple of the {devices} devices")
 
 
 def put_batch(arrays: Any, mesh: Mesh) -> Any:

@@ -2,7 +2,7 @@
 
 A sweep's directory:
 
-    sweep.json      the base configuration and the grid        results.csv   one row a trial of the grid (.json too)
+    sweep.json      the base configuration, the same for all   results.csv   one row a trial of the grid (.json too)
     trials/DIGEST/  one run each (`bvit_jax.train`)            summary.md    means over seeds
 
 Every trial runs in a process of its own: what it does to its memory or its devices stays its own affair.
@@ -22,7 +22,7 @@ import numpy as np
 
 from bvit_jax import memory, metrics
 from bvit_jax.config import Config, resolve
-from bvit_jax.model_config import ConfigError, require
+from bvit_jax.model_config import require
 
 ERROR_FILE = "error.txt"
 USUAL_FIELDS = ("model.family", "model.form", "model.num_experts", "seed")
@@ -78,7 +78,8 @@ class ResultRow:
     Attributes:
         form: of the butterfly experts, `-` for the other families.
         params: trained parameters.
-        bytes_paper, bytes_full: in the two accountings of `bvit_jax.memory`, whole model.
+        bytes_paper, bytes_full: in the two accountings of `bvit_jax.memory`: the expert matrices by the paper's
+            formula, and every tensor of the model.
         compression_paper, compression_full: bytes of the standard mixture of the same shape and experts, over these.
         images_per_second: training throughput, with the trials that ran at the same time beside it.
         status: `ok`, `failed` or `unfinished`.
@@ -167,32 +168,6 @@ def _settings(config: Config, chosen: Mapping[str, Any]) -> str:
     resolved = dict(_leaves(config.to_dict()))
     extra = {name: resolved.get(name, value) for name, value in chosen.items() if name not in USUAL_FIELDS}
     return " ".join(f"{name}={value}" for name, value in extra.items())
-
-
-def claim_workdir(workdir: Path, base: Mapping[str, Any], grid: Mapping[str, Any]) -> None:
-    """Records what the sweep is. The grid may change from call to call; the base may not.
-
-    Raises:
-        ConfigError: if the directory cannot be written to or holds a sweep from another base configuration.
-    """
-    path = workdir / "sweep.json"
-    content = json.loads(json.dumps({"base": base, "grid": grid}))
-    try:
-        (workdir / "trials").mkdir(parents=True, exist_ok=True)
-        stored = json.loads(path.read_text()) if path.exists() else content
-        require(
-            stored["base"] == content["base"],
-            "workdir",
-            str(workdir),
-            "empty or of a sweep with the same base configuration; choose another",
-        )
-        metrics.write_json(path, content)
-    except OSError as error:
-        raise ConfigError(
-            f"workdir = {str(workdir)!r}: it must be a directory that can be written to ({error})"
-        ) from None
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ConfigError(f"{path} is damaged ({error!r}); restore it or choose another workdir") from None
 
 
 def record_failure(trial: Trial, cause: str) -> None:

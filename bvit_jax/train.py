@@ -8,7 +8,7 @@ A run lives in a directory of its own:
 """
 
 import json
-import tempfile
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from bvit_jax import data, evaluate, memory, metrics, sharding, train_step
+from bvit_jax import workdir as workdirs
 from bvit_jax.checkpoints import Checkpoints, abstract_state
 from bvit_jax.config import Config
-from bvit_jax.model_config import ConfigError
+from bvit_jax.model_config import require
 
+OUTPUTS = ("checkpoints", "metrics.jsonl", "timing.jsonl", "tensorboard", "result.json", "sweep.json")
+LOCK_PATIENCE_SECONDS = 5.0
+"""A trial whose sweep was killed needs a moment to end."""
 WARM_UP_WINDOWS = 1
 """Timed windows that do not count for throughput: the first after a start holds the compilation."""
 
@@ -41,58 +45,19 @@ def run(config: Config, workdir: Path, show_progress: bool = True) -> dict[str, 
         `timing` (which differs from run to run) images_per_second and wall_seconds.
 
     Raises:
-        ConfigError: if the directory cannot be written to or holds a run of another configuration, or if the batch does
-            not divide over the devices.
+        ConfigError: if the directory cannot be written to, holds something else or is in use by another process, or if
+            the batch does not divide over the devices.
+        FloatingPointError: if the loss or the gradient is not finite, at the next step that is logged.
     """
     mesh = sharding.make_mesh()
-    sharding.check_batch(config.batch_size, mesh)
-    claim_workdir(config, workdir)
-    result_path = workdir / "result.json"
-    if result_path.exists():
-        return json.loads(result_path.read_text())
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        return _Run(config, workdir, mesh, checkpoints, show_progress).to_the_end()
-
-
-def claim_workdir(config: Config, workdir: Path) -> None:
-    """Makes the directory and records the configuration in it, or checks that it holds the same one.
-
-    Raises:
-        ConfigError: if the directory cannot be written to, or belongs to another configuration; nothing is changed.
-    """
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"workdir = {str(workdir)!r}: it must be a directory that can be written to ({error})"
-        ) from None
-    if not path.exists():
-        if (workdir / "checkpoints").exists():
-            raise ConfigError(f"workdir = {str(workdir)!r}: it holds checkpoints but no config.json; choose another")
-        metrics.write_json(path, config.to_dict())
-        return
-    try:
-        stored = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is damaged ({error}); restore it or choose another workdir") from None
-    differing = differences(stored, config.to_dict())
-    if differing:
-        raise ConfigError(
-            f"workdir = {str(workdir)!r}: it holds a run of another configuration; choose another workdir. "
-            f"Stored against asked for: {'; '.join(differing)}"
-        )
-
-
-def differences(stored: Any, asked: Any, prefix: str = "") -> list[str]:
-    """Lists `field: stored value != asked value` for nested plain data."""
-    if not (isinstance(stored, dict) and isinstance(asked, dict)):
-        return [] if stored == asked else [f"{prefix or 'all'}: {stored!r} != {asked!r}"]
-    names = sorted(stored.keys() | asked.keys())
-    inner = (differences(stored.get(n), asked.get(n), f"{prefix}.{n}" if prefix else n) for n in names)
-    return [line for lines in inner for line in lines]
+    sharding.check_batch(config.batch_size, mesh.size)
+    workdirs.claim(workdir, "config.json", config.to_dict(), OUTPUTS)
+    with workdirs.locked(workdir, LOCK_PATIENCE_SECONDS):
+        result_path = workdir / "result.json"
+        if result_path.exists():
+            return json.loads(result_path.read_text())
+        with Checkpoints(workdir / "checkpoints") as checkpoints:
+            return _Run(config, workdir, mesh, checkpoints, show_progress).to_the_end()
 
 
 class _Run:
@@ -106,6 +71,7 @@ class _Run:
         self.mesh = mesh
         self.checkpoints = checkpoints
         self.show_progress = show_progress
+        self.clock = _Clock(config.batch_size)
         self.dataset = data.load(config.data)
 
     def to_the_end(self) -> dict[str, Any]:
@@ -123,6 +89,10 @@ class _Run:
         step = self.checkpoints.latest_step
         if step is None:
             return state
+        differing = workdirs.differences(self.checkpoints.config(step), self.config.to_dict())
+        require(
+            not differing, "workdir", str(self.workdir), f"one whose checkpoints are of this configuration: {differing}"
+        )
         self._say(f"going on from step {step}")
         return self.checkpoints.restore(step, abstract_state(state, whole))
 
@@ -133,7 +103,8 @@ class _Run:
         # Queued steps with collectives can deadlock when several host devices share few cores.
         wait_each_step = self.mesh.size > 1 and jax.default_backend() == "cpu"
         start = int(state.step)
-        clock = _Clock(config.batch_size, start)
+        clock = self.clock
+        clock.skip(start)
         bar = tqdm(
             range(start, config.total_steps),
             initial=start,
@@ -151,6 +122,9 @@ class _Run:
             done = step + 1
             if done % config.log_every == 0 or done == config.total_steps:
                 row = {name: float(value) for name, value in values.items()}
+                broken = [name for name, value in row.items() if not math.isfinite(value)]
+                if broken:
+                    raise FloatingPointError(f"step {done}: {', '.join(broken)} not finite; try a lower learning rate")
                 jax.block_until_ready(state)
                 log.metrics(done, "train", row)
                 log.timing(done, clock.lap(done))
@@ -182,6 +156,7 @@ class _Run:
             state = self.checkpoints.restore(best_step, abstract_state(state, sharding.replicated(self.mesh)))
         found = self._evaluate(state.params, self.dataset.test)
         log.metrics(config.total_steps, "test", found.to_dict())
+        log.timing(config.total_steps, self.clock.lap(config.total_steps))
         validation = self.checkpoints.metrics(best_step)
         result = {
             "config_digest": config.digest(),
@@ -212,10 +187,10 @@ class _Run:
 class _Clock:
     """Times windows of steps. A window's images per second leave out evaluation; its wall seconds leave out nothing."""
 
-    def __init__(self, batch_size: int, step: int) -> None:
+    def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._wall = self._train = time.perf_counter()
-        self._step = step
+        self._step = 0
         self._windows = 0
         self.rate = float("nan")
 

@@ -13,10 +13,15 @@ from ml_collections import config_dict
 SHAPE = ("image_size", "patch_size", "num_layers", "d_model", "d_ff", "num_heads")
 
 
-def parse(argument: str, defaults: tuple[str, ...]) -> tuple[str, ...]:
-    """Splits `argument` at its commas; what it leaves out comes from `defaults`."""
+def parse(argument: str, defaults: tuple[str, str, str]) -> tuple[str, int, str]:
+    """Reads `FAMILY[,EXPERTS[,FORM]]`; what it leaves out comes from `defaults`. Names are checked by `resolve`."""
     given = tuple(part.strip() for part in argument.split(","))
-    return given + defaults[len(given) :]
+    family, experts, form = given[:3] + defaults[len(given) :]
+    if len(given) > 3 or not experts.isdigit():
+        raise SystemExit(
+            f"error: config argument {argument!r}: it must be FAMILY[,EXPERTS[,FORM]] such as butterfly,16"
+        )
+    return family, int(experts), form
 
 
 def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
@@ -42,7 +47,7 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "variant": "tiny",
             "family": family,
             "form": form,
-            "num_experts": int(experts),
+            "num_experts": experts,
             "top_k": 2,
             "moe_layers": "every",
             "num_stages": 2,

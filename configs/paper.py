@@ -39,7 +39,7 @@ def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict
     )
     config.model.variant = "paper"
     config.model.family = family
-    config.model.num_experts = int(experts)
+    config.model.num_experts = experts
     config.model.form = form
     config.optimizer.learning_rate = 6e-4
     config.optimizer.weight_decay = 0.06

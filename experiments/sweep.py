@@ -9,6 +9,7 @@ Any field can be changed on the command line: --config.grid.model.num_experts="(
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from ml_collections import config_flags
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
+from tqdm import tqdm
 
-from bvit_jax import config, executor, memory, metrics, plots, sweep
+from bvit_jax import config, executor, memory, metrics, plots, sharding, sweep
+from bvit_jax import workdir as workdirs
 from bvit_jax.model_config import require
 from experiments import entry
 
@@ -29,6 +32,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's directory; runs/NAM
 _JOBS = flags.DEFINE_integer("jobs", 0, "Trials at a time; 0: one per core on CPUs (8 at most), one on accelerators.")
 _RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run again the trials that failed in an earlier call.")
 
+OUTPUTS = ("trials", "results.csv", "summary.md", "plots", "config.json", "checkpoints", "metrics.jsonl")
 MEMORY_EXPERTS = tuple(2**power for power in range(13))
 """Numbers of experts of the memory curves: 1 to 4096."""
 
@@ -45,11 +49,17 @@ def main(argv: Sequence[str]) -> None:
     print(f"workdir: {workdir}")
     trials = sweep.expand(raw["base"], raw["grid"], workdir)
     memory_base = config.resolve(raw["memory_base"])
-    sweep.claim_workdir(workdir, raw["base"], raw["grid"])
-    _draw_memory(memory_base, workdir)
+    platform = executor.probe_platform()
+    for trial in trials:
+        sharding.check_batch(trial.config.batch_size, platform.devices)
+    workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
+    with workdirs.locked(workdir, patience_seconds=0):
+        _run(trials, memory_base, workdir, _JOBS.value or platform.default_jobs)
 
+
+def _run(trials: Sequence[sweep.Trial], memory_base: config.Config, workdir: Path, jobs: int) -> None:
+    _draw_memory(memory_base, workdir)
     statuses = [trial.status for trial in trials]
-    jobs = _JOBS.value or executor.default_jobs()
     print(
         f"{len(trials)} trials, {statuses.count('ok')} finished, {statuses.count('failed')} failed; {jobs} at a time; "
         f"Ctrl-C is safe, the same command goes on"
@@ -58,17 +68,22 @@ def main(argv: Sequence[str]) -> None:
     def on_end(trial: sweep.Trial) -> None:
         row = sweep.result_row(trial)
         shown = row.error if row.test_accuracy is None else f"test accuracy {row.test_accuracy:.4f}"
-        print(f"{trial.label:<40} {row.status:<7} {shown}", flush=True)
-        _write_tables(trials, workdir)
+        tqdm.write(f"{trial.label:<40} {row.status:<7} {shown}")
+        sys.stdout.flush()
+        plots.sweep_plots(_write_tables(trials, workdir), workdir / "plots")
 
     executor.run_trials(trials, jobs, _RETRY_FAILED.value, workdir / "compilation_cache", on_end)
     summaries = _write_tables(trials, workdir)
     plots.sweep_plots(summaries, workdir / "plots")
     _print_summary(summaries)
+    others = {path.name for path in (workdir / "trials").iterdir()} - {trial.directory.name for trial in trials}
+    if others:
+        print(f"{len(others)} trials of earlier grids are kept in {workdir / 'trials'}, outside these tables")
+    print(f"results: {workdir / 'results.csv'}, {workdir / 'summary.md'}, {workdir / 'plots'}")
     failed = [trial.label for trial in trials if trial.status == "failed"]
     if failed:
         print(f"failed: {', '.join(failed)}; --retry_failed runs them again")
-    print(f"results: {workdir / 'results.csv'}, {workdir / 'summary.md'}, {workdir / 'plots'}")
+        sys.exit(1)
 
 
 def _write_tables(trials: Sequence[sweep.Trial], workdir: Path) -> list[sweep.Summary]:

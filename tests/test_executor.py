@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bvit_jax import executor, metrics, sweep, train
+from bvit_jax.model_config import ConfigError
 from tests.conftest import make_config
 
 
@@ -74,7 +75,11 @@ def test_a_killed_trial_is_recorded_with_its_signal(tmp_path):
 def test_default_jobs_depend_on_the_backend(monkeypatch):
     monkeypatch.setattr(executor, "_cores", lambda: list(range(64)))
     for backend, jobs in (("cpu", 8), ("tpu", 1), ("gpu", 1)):
-        monkeypatch.setattr(executor, "_backend", lambda backend=backend: backend)
-        assert executor.default_jobs() == jobs
-    monkeypatch.undo()
-    assert executor._backend() == "cpu"
+        assert executor.Platform(backend, 4).default_jobs == jobs
+
+
+def test_the_platform_is_asked_for_in_another_process(monkeypatch):
+    assert executor.probe_platform() == executor.Platform("cpu", 1)
+    monkeypatch.setenv("JAX_PLATFORMS", "abacus")
+    with pytest.raises(ConfigError, match="JAX does not start: .*abacus"):
+        executor.probe_platform()

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax import data, evaluate, metrics, sharding, train, train_step
+from bvit_jax import data, evaluate, memory, metrics, sharding, train, train_step
 from bvit_jax.checkpoints import Checkpoints, abstract_state
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
@@ -147,10 +147,41 @@ def test_a_workdir_that_cannot_be_written_to_is_refused(tmp_path):
         train.run(make_config(), tmp_path / "file" / "run", show_progress=False)
 
 
-def test_differences_lists_every_field_that_differs():
-    stored = {"a": 1, "b": {"c": 2, "d": 3}, "gone": 0}
-    asked = {"a": 1, "b": {"c": 2, "d": 4}, "new": 0}
-    assert train.differences(stored, asked) == ["b.d: 3 != 4", "gone: 0 != None", "new: None != 0"]
+def test_a_run_cut_off_after_its_test_row_does_not_repeat_it(finished, tmp_path, monkeypatch):
+    config, workdir, _ = finished
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "count_params", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path, show_progress=False)
+    assert metrics.read_rows(tmp_path / "metrics.jsonl")[-1]["split"] == "test"
+    train.run(config, tmp_path, show_progress=False)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    batch = data.train_batch
+
+    def spoilt(split: data.Split, batch_size: int, seed: int, step: int) -> data.Batch:
+        good = batch(split, batch_size, seed, step)
+        return dataclasses.replace(good, images=good.images * np.float32("nan")) if step == 2 else good
+
+    monkeypatch.setattr(data, "train_batch", spoilt)
+    with pytest.raises(FloatingPointError, match="step 4: .*loss, .*not finite"):
+        train.run(make_config(eval_every=6), tmp_path, show_progress=False)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    train.run(make_config(), tmp_path / "run", show_progress=False)
+    for name in ("result.json", "config.json"):
+        (tmp_path / "run" / name).unlink()
+    other = make_config(seed=4)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(other.to_dict()))
+    with pytest.raises(ConfigError, match="checkpoints are of this configuration.*seed: 0 != 4"):
+        train.run(other, tmp_path / "run", show_progress=False)
 
 
 def test_timing_is_summed_over_all_rows_and_the_rate_is_a_median():
@@ -197,14 +228,9 @@ def test_one_device_and_four_give_the_same_losses():
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
-    mesh = sharding.make_mesh()
-    sharding.check_batch(mesh.size * 3, mesh)
-
-    class ThreeDevices:
-        size = 3
-
+    sharding.check_batch(15, devices=3)
     with pytest.raises(ConfigError, match="batch_size = 16: it must be a multiple of the 3 devices"):
-        sharding.check_batch(16, ThreeDevices())
+        sharding.check_batch(16, devices=3)
 
 
 def test_bfloat16_compute_trains_with_float32_parameters(tmp_path):
