@@ -76,10 +76,12 @@ def make_stages(dim: int, num_stages: int, order: StrideOrder = "descending") ->
         order: `descending` or `ascending` strides.
 
     Raises:
-        ValueError: for an impossible depth or an unknown order.
+        ValueError: for no channels, an impossible depth or an unknown order.
     """
     if order not in STRIDE_ORDERS:
         raise ValueError(f"stride order {order!r} is unknown; choose one of {', '.join(STRIDE_ORDERS)}")
+    if dim < 1:
+        raise ValueError(f"{dim} channels cannot be rotated; there must be at least 1")
     if not 0 <= num_stages <= max_stages(dim):
         raise ValueError(f"{num_stages} stages do not fit {dim} channels; choose 0 to {max_stages(dim)}")
     odd = dim
@@ -191,7 +193,7 @@ def _in_order(
     stages: Stages, angles: jax.Array, expert: jax.Array | None, x: jax.Array, inverse: bool
 ) -> list[tuple[Stage, jax.Array, jax.Array]]:
     """Lists (stage, cos, sin) in the order of application; both as (..., outer, pairs, inner)."""
-    angles = angles.astype(jnp.promote_types(x.dtype, jnp.float32))
+    angles = angles.astype(np.promote_types(x.dtype, np.float32))
     # Both tables side by side: one gather of long rows is several times faster than one per stage and function.
     table = jnp.concatenate([jnp.cos(angles), jnp.sin(-angles if inverse else angles)], axis=-1)
     rows = table.reshape(*(1,) * (x.ndim - 1), -1) if expert is None else table[expert]

@@ -23,7 +23,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-_SIZE = (5.2, 3.6)
+_SIZE = (5.6, 4.4)
 
 
 def sweep_plots(summaries: Sequence[Summary], directory: Path) -> list[Path]:
@@ -45,10 +45,12 @@ def memory_plot(rows: Sequence[ScalingRow], title: str, path: Path) -> Path:
     return _draw(path, partial(_memory, rows=rows, title=title))
 
 
-def _draw(path: Path, draw: Callable[[Axes], None]) -> Path:
+def _draw(path: Path, draw: Callable[[Figure], None]) -> Path:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=_SIZE, layout="constrained")
-        draw(figure.subplots())
+        draw(figure)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
         figure.savefig(path, dpi=150)
     return path
 
@@ -63,7 +65,8 @@ def _series(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
     return dict(sorted(lines.items()))
 
 
-def _accuracy_against_experts(axes: Axes, summaries: Sequence[Summary]) -> None:
+def _accuracy_against_experts(figure: Figure, summaries: Sequence[Summary]) -> None:
+    axes = figure.subplots()
     for index, (name, line) in enumerate(_series(summaries).items()):
         mean, spread = _accuracy(line)
         style: dict[str, Any] = {"color": _COLOURS[index % 7], "label": name}
@@ -72,14 +75,16 @@ def _accuracy_against_experts(axes: Axes, summaries: Sequence[Summary]) -> None:
             if spread[0] > 0:
                 axes.axhspan(mean[0] - spread[0], mean[0] + spread[0], color=_COLOURS[index % 7], alpha=0.1)
         else:
-            axes.errorbar(_experts(line), mean, spread, marker=_MARKERS[index % 7], capsize=3, **style)
+            beside = 1.03 ** (index - 1)  # keeps the error bars of equal numbers of experts apart
+            experts = [beside * number for number in _experts(line)]
+            axes.errorbar(experts, mean, spread, marker=_MARKERS[index % 7], capsize=3, **style)
     _expert_axis(axes, summaries)
     axes.set_ylabel("test accuracy (%)")
-    axes.set_title("Accuracy against experts (mean ± standard deviation over seeds)")
-    axes.legend()
+    axes.set_title("Accuracy against experts, mean ± standard deviation over seeds", fontsize=10)
 
 
-def _bytes_against_experts(axes: Axes, summaries: Sequence[Summary]) -> None:
+def _bytes_against_experts(figure: Figure, summaries: Sequence[Summary]) -> None:
+    axes = figure.subplots()
     for index, (name, line) in enumerate(_series(summaries).items()):
         for accounting, linestyle in (("bytes_full", "-"), ("bytes_paper", ":")):
             megabytes = [getattr(s.sample, accounting) / 1e6 for s in line]
@@ -91,28 +96,32 @@ def _bytes_against_experts(axes: Axes, summaries: Sequence[Summary]) -> None:
                 axes.plot(_experts(line), megabytes, marker=_MARKERS[index % 7], **style)
     _expert_axis(axes, summaries)
     axes.set_yscale("log")
-    axes.set_ylabel("model size (MB)")
-    axes.set_title("Bytes against experts")
-    axes.legend(fontsize=7)
+    axes.set_ylabel("MB")
+    axes.set_title("Bytes against experts (full: every tensor; paper: expert matrices)", fontsize=10)
 
 
-def _accuracy_against_bytes(axes: Axes, summaries: Sequence[Summary]) -> None:
-    for index, (name, line) in enumerate(_series(summaries).items()):
-        mean, spread = _accuracy(line)
-        megabytes = [s.sample.bytes_full / 1e6 for s in line]
-        style: dict[str, Any] = {"color": _COLOURS[index % 7], "marker": _MARKERS[index % 7], "label": name}
-        axes.errorbar(megabytes, mean, spread, capsize=3, **style)
-        if line[0].sample.family != "dense":
-            for x, y, summary in zip(megabytes, mean, line, strict=True):
-                axes.annotate(f"E={summary.sample.num_experts}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
-    axes.set_xlabel("model size, every tensor counted (MB)")
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title("Accuracy against bytes")
-    axes.legend()
+def _accuracy_against_bytes(figure: Figure, summaries: Sequence[Summary]) -> None:
+    panels = figure.subplots(1, 2, sharey=True)
+    meanings = {"bytes_full": "full: every tensor (MB)", "bytes_paper": "paper: expert matrices (MB)"}
+    for axes, (accounting, meaning) in zip(panels, meanings.items(), strict=True):
+        for index, (name, line) in enumerate(_series(summaries).items()):
+            mean, spread = _accuracy(line)
+            megabytes = [getattr(s.sample, accounting) / 1e6 for s in line]
+            style: dict[str, Any] = {"color": _COLOURS[index % 7], "marker": _MARKERS[index % 7], "label": name}
+            axes.errorbar(megabytes, mean, spread, capsize=3, **style)
+            if line[0].sample.family != "dense":
+                for x, y, summary in zip(megabytes, mean, line, strict=True):
+                    axes.annotate(
+                        f"{summary.sample.num_experts}", (x, y), (4, 4), textcoords="offset points", fontsize=7
+                    )
+        axes.set_xscale("log")
+        axes.set_xlabel(meaning)
+    panels[0].set_ylabel("test accuracy (%)")
+    figure.suptitle("Accuracy against bytes (number of experts beside each point)", fontsize=10)
 
 
-def _memory(axes: Axes, rows: Sequence[ScalingRow], title: str) -> None:
+def _memory(figure: Figure, rows: Sequence[ScalingRow], title: str) -> None:
+    axes = figure.subplots()
     names = list(dict.fromkeys((row.family, row.form) for row in rows))
     for index, (family, form) in enumerate(names):
         line = [row for row in rows if (row.family, row.form) == (family, form)]
@@ -127,8 +136,7 @@ def _memory(axes: Axes, rows: Sequence[ScalingRow], title: str) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("experts")
     axes.set_ylabel("mixture layers (MB)")
-    axes.set_title(title)
-    axes.legend(fontsize=7)
+    axes.set_title(title, fontsize=10)
 
 
 def _accuracy(line: Sequence[Summary]) -> tuple[np.ndarray, np.ndarray]:

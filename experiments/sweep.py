@@ -120,16 +120,20 @@ def _draw_memory(base: config.Config, workdir: Path) -> None:
 
 
 def _print_summary(summaries: Sequence[sweep.Summary]) -> None:
-    table = _table("experts", "seeds", "test %", "paper MB", "x", "full MB", "x", "images/s")
+    table = _table("experts", "test %", "paper", "x", "full", "x", "img/s")
     for summary in summaries:
         row = summary.sample
         spread = "" if math.isnan(summary.accuracy_std) else f" ± {100 * summary.accuracy_std:.2f}"
         table.add_row(
             " ".join(part for part in (_name(row.family, row.form), row.settings) if part),
-            *(str(row.num_experts), str(summary.seeds), f"{100 * summary.accuracy_mean:.2f}{spread}"),
+            *(str(row.num_experts), f"{100 * summary.accuracy_mean:.2f}{spread}"),
             *(_megabytes(row.bytes_paper), f"{row.compression_paper:.1f}"),
             *(_megabytes(row.bytes_full), f"{row.compression_full:.2f}", f"{summary.images_per_second:.0f}"),
         )
+    seeds = sorted({summary.seeds for summary in summaries})
+    print(
+        f"Test accuracy, mean ± standard deviation over {' or '.join(map(str, seeds)) or 'no'} seeds; sizes in MB; x: compression"
+    )
     Console().print(table)
 
 
@@ -137,7 +141,7 @@ def _table(*headers: str) -> Table:
     """Makes a table of a column of names and right-aligned ones of numbers."""
     table = Table(Column("", no_wrap=True), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for header in headers:
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     return table
 
 
