@@ -6,13 +6,15 @@ Experiments write configurations as nested mappings (`configs/`, ml_collections)
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_type_hints
 
 from bvit_jax.model_config import VARIANTS, ConfigError, ModelConfig, VitShape, require
 
 DataName = Literal["digits", "procedural"]
+LARGEST_INTEGER = 2**53
+"""Bound of all numbers in a configuration: up to here integers are floats too, exactly. No NaN passes it."""
+WANTED_NUMBER: dict[type, str] = {int: "an integer", float: "a finite number"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Config:
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         for field in ("total_steps", "batch_size", "log_every", "eval_every"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
         warmup = self.optimizer.warmup_steps
@@ -155,7 +157,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     data = _build(DataConfig, "data", _fixed_data(_section(sections, "data")))
     model = _section(sections, "model")
     variant = model.pop("variant", None)
-    require(variant in VARIANTS, "model.variant", variant, " or ".join(VARIANTS))
+    require(isinstance(variant, str) and variant in VARIANTS, "model.variant", variant, " or ".join(VARIANTS))
     shape_fields = [field.name for field in dataclasses.fields(VitShape)]
     shape = dataclasses.asdict(VARIANTS[variant]) | {
         name: model.pop(name) for name in shape_fields if model.get(name) is not None
@@ -211,11 +213,11 @@ def _build(cls: type[Any], section: str, fields: dict[str, Any]) -> Any:
     checked = {}
     for name, value in fields.items():
         kind = hints[name]
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST_INTEGER:
             value = float(value)
         if kind in (int, float):
-            valid = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-            require(valid, prefix + name, value, "an integer" if kind is int else "a finite number")
+            valid = isinstance(value, kind) and not isinstance(value, bool)
+            require(valid and abs(value) < LARGEST_INTEGER, prefix + name, value, WANTED_NUMBER[kind])
         elif kind is str:
             require(isinstance(value, str), prefix + name, value, "text")
         checked[name] = value

@@ -183,7 +183,7 @@ def result_row(trial: Trial) -> ResultRow:
     status = trial.status
     result = json.loads((trial.directory / "result.json").read_text()) if status == "ok" else {}
     timing = result.get("timing", {})
-    error = (trial.directory / ERROR_FILE).read_text().strip().splitlines()[-1] if status == "failed" else ""
+    error = _last_line(trial.directory / ERROR_FILE) if status == "failed" else ""
     return ResultRow(
         family=config.model.family,
         num_experts=config.model.num_experts,
@@ -207,6 +207,10 @@ def result_row(trial: Trial) -> ResultRow:
         trial=config.digest(),
         error=error,
     )
+
+
+def _last_line(path: Path) -> str:
+    return (path.read_text().strip().splitlines() or [""])[-1]
 
 
 def to_csv(rows: Sequence[Any]) -> str:

@@ -45,7 +45,9 @@ def claim(directory: Path, identity_file: str, identity: dict[str, Any], outputs
         return
     try:
         stored = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        if not isinstance(stored, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:  # of JSON or of UTF-8
         raise ConfigError(f"{path} is damaged ({error}); restore it or choose another workdir") from None
     differing = differences(stored, json.loads(json.dumps(identity)))
     if differing:

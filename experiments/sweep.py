@@ -76,7 +76,7 @@ def _run(trials: Sequence[sweep.Trial], memory_base: config.Config, workdir: Pat
     summaries = _write_tables(trials, workdir)
     plots.sweep_plots(summaries, workdir / "plots")
     _print_summary(summaries)
-    others = {path.name for path in (workdir / "trials").iterdir()} - {trial.directory.name for trial in trials}
+    others = {path.name for path in workdir.glob("trials/*")} - {trial.directory.name for trial in trials}
     if others:
         print(f"{len(others)} trials of earlier grids are kept in {workdir / 'trials'}, outside these tables")
     print(f"results: {workdir / 'results.csv'}, {workdir / 'summary.md'}, {workdir / 'plots'}")
@@ -130,10 +130,8 @@ def _print_summary(summaries: Sequence[sweep.Summary]) -> None:
             *(_megabytes(row.bytes_paper), f"{row.compression_paper:.1f}"),
             *(_megabytes(row.bytes_full), f"{row.compression_full:.2f}", f"{summary.images_per_second:.0f}"),
         )
-    seeds = sorted({summary.seeds for summary in summaries})
-    print(
-        f"Test accuracy, mean ± standard deviation over {' or '.join(map(str, seeds)) or 'no'} seeds; sizes in MB; x: compression"
-    )
+    seeds = " or ".join(sorted({str(summary.seeds) for summary in summaries})) or "no"
+    print(f"Test accuracy, mean ± standard deviation over {seeds} seeds; sizes in MB; x: compression")
     Console().print(table)
 
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from bvit_jax import dispatch
 
-group = jax.jit(dispatch.group, static_argnames=("num_experts", "block"))
+# Compiling costs more here than running.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+group = jit(dispatch.group, static_argnames=("num_experts", "block"))
 BLOCKS = (0, 1, 4, 16)
 
 
@@ -74,13 +76,13 @@ def test_grouping_hand_computed() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_rows_go_to_slots_and_back(block: int, key: jax.Array) -> None:
-    grouping = dispatch.group(jnp.array([3, 1, 1, 3, 0, 3, 1]), 5, block)
+    grouping = group(jnp.array([3, 1, 1, 3, 0, 3, 1]), 5, block)
     rows = 1 + jax.random.uniform(key, (7, 2))
-    slots = dispatch.to_slots(rows, grouping)
-    np.testing.assert_array_equal(dispatch.to_rows(slots, grouping), rows)
-    empty = grouping.row_S == 7
-    np.testing.assert_array_equal(slots[empty], np.zeros((int(empty.sum()), 2)))
-    assert jnp.count_nonzero(slots) == rows.size
+    slots = np.asarray(dispatch.to_slots(rows, grouping))
+    np.testing.assert_array_equal(dispatch.to_rows(jnp.asarray(slots), grouping), rows)
+    empty = np.asarray(grouping.row_S) == 7
+    np.testing.assert_array_equal(slots[empty], np.zeros((empty.sum(), 2)))
+    assert np.count_nonzero(slots) == rows.size
 
 
 CASES = {
@@ -94,7 +96,7 @@ CASES = {
 }
 
 
-@functools.partial(jax.jit, static_argnames="block")
+@functools.partial(jit, static_argnames="block")
 def product_and_gradients(
     rows: jax.Array, kernels: jax.Array, expert_N: jax.Array, upstream: jax.Array, block: int
 ) -> tuple[jax.Array, ...]:

@@ -13,7 +13,7 @@ OTHER = {
     "form": "tied",
     "num_experts": 5,
     "top_k": 3,
-    "moe_layers": "1",
+    "moe_layers": "0",
     "num_stages": 3,
     "stride_order": "ascending",
     "ternary_scale": "tensor",
@@ -87,7 +87,7 @@ def test_malformed_mixture_layers_are_refused(moe_layers):
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(make_model(), num_layers=4, moe_layers=moe_layers)
     assert str(caught.value) == (
-        f"model.moe_layers = {moe_layers!r}: it must be every, second, or indices of 0 to 3 such as 0,2"
+        f"model.moe_layers = {moe_layers!r}: it must be every, second or indices of 0 to 3, comma between"
     )
 
 
@@ -98,7 +98,7 @@ def test_second_needs_a_second_layer():
 
 @pytest.mark.parametrize(
     ("moe_layers", "expected"),
-    [("every", (0, 1, 2, 3, 4)), ("second", (1, 3)), ("1,3,4", (1, 3, 4)), ("0", (0,)), ("4, 2", (4, 2))],
+    [("every", (0, 1, 2, 3, 4)), ("second", (1, 3)), ("1,3,4", (1, 3, 4)), ("0", (0,)), ("4, 2", (2, 4))],
 )
 def test_mixture_layers_are_read(moe_layers, expected):
     assert moe_layer_indices(moe_layers, 5) == expected
@@ -168,3 +168,8 @@ def test_config_errors_are_value_errors():
     with pytest.raises(ValueError, match="x = 3: it must be even"):
         model_config.require(False, "x", 3, "even")
     model_config.require(True, "x", 3, "even")
+
+
+@pytest.mark.parametrize(("spelling", "expected"), [("0,1", "every"), ("1,0", "every"), ("1", "second"), ("0", "0")])
+def test_equal_mixture_layers_are_spelt_alike(spelling, expected):
+    assert make_model(moe_layers=spelling).moe_layers == expected

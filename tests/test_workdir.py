@@ -48,11 +48,12 @@ def test_other_files_do_not_stand_in_the_way(tmp_path):
     assert visible(tmp_path)["notes.txt"] == "mine"
 
 
-def test_a_damaged_identity_is_named_and_kept(tmp_path):
-    (tmp_path / "identity.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"identity\.json is damaged"):
+@pytest.mark.parametrize("content", [b"", b'{"seed": {', b"[]", b"null", b"3", b"\xff\xfe"])
+def test_a_damaged_identity_is_named_and_kept(tmp_path, content):
+    (tmp_path / "identity.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"identity\.json is damaged .*restore it or choose another workdir"):
         claim(tmp_path)
-    assert visible(tmp_path) == {"identity.json": "{"}
+    assert (tmp_path / "identity.json").read_bytes() == content
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):

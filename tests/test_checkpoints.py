@@ -1,0 +1,140 @@
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bvit_jax import sharding, train_step
+from bvit_jax.checkpoints import Checkpoints, abstract_state
+from bvit_jax.config import from_dict
+from bvit_jax.train_step import TrainState
+from tests.conftest import make_config
+
+
+def make_state(step: int) -> TrainState:
+    """A small state, no two of them alike."""
+    rng = np.random.default_rng(step)
+    params = {"layer": {"kernel": jnp.asarray(rng.standard_normal((3, 4)), jnp.float32)}}
+    moments = ({"mean": jnp.asarray(rng.standard_normal(4), jnp.float32)}, jnp.int32(step * 10))
+    return TrainState(jnp.int32(step), params, moments)
+
+
+def restore(checkpoints: Checkpoints, step: int) -> TrainState:
+    placement = sharding.replicated(sharding.make_mesh())
+    return checkpoints.restore(step, abstract_state(make_state(0), placement))
+
+
+def save_all(directory: Path, scores: dict[int, tuple[float, float]]) -> None:
+    with Checkpoints(directory) as checkpoints:
+        for step, (accuracy, nll) in scores.items():
+            checkpoints.save(make_state(step), make_config(), accuracy, nll)
+
+
+def steps_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def assert_equal(found: TrainState, expected: TrainState) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_state_comes_back_exactly(tmp_path):
+    save_all(tmp_path, {3: (0.5, 1.0)})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(restore(checkpoints, 3), make_state(3))
+
+
+def test_a_whole_training_state_comes_back_exactly(tmp_path):
+    config = make_config(model__d_model=8, model__d_ff=16, model__num_heads=2)
+    state = jax.jit(train_step.init_state, static_argnums=0)(config)
+    placement = sharding.replicated(sharding.make_mesh())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, config, 0.1, 2.3)
+        found = checkpoints.restore(0, abstract_state(state, placement))
+    assert_equal(found, state)
+    assert {leaf.sharding for leaf in jax.tree.leaves(found)} == {placement}
+
+
+def test_an_empty_directory_has_no_checkpoint(tmp_path):
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.latest_step is None
+        assert checkpoints.best_step is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "latest", "best"),
+    [
+        ({1: (0.2, 2.0), 2: (0.9, 1.0), 3: (0.3, 0.5), 4: (0.4, 0.4)}, 4, 2),  # by accuracy first
+        ({1: (0.5, 2.0), 2: (0.5, 1.0), 3: (0.5, 3.0), 4: (0.1, 0.1)}, 4, 2),  # then by likelihood
+        ({1: (0.5, 1.0), 2: (0.5, 1.0), 3: (0.5, 1.0), 4: (0.1, 1.0)}, 4, 3),  # then the later
+        ({1: (0.5, 1.0), 2: (0.5, 1.0)}, 2, 2),
+        ({1: (0.9, 1.0), 2: (0.1, 1.0), 10: (0.2, 1.0)}, 10, 1),
+        ({5: (0.0, 2.0)}, 5, 5),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, scores, latest, best):
+    save_all(tmp_path, scores)
+    assert steps_in(tmp_path) == {str(latest), str(best)}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.latest_step, checkpoints.best_step) == (latest, best)
+        for step in (latest, best):
+            assert_equal(restore(checkpoints, step), make_state(step))
+            assert checkpoints.metrics(step) == {"accuracy": scores[step][0], "nll": scores[step][1]}
+
+
+def test_best_and_newest_are_right_after_every_save(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, accuracy, best in [(1, 0.5, 1), (2, 0.4, 1), (3, 0.6, 3), (4, 0.6, 4), (5, 0.1, 4)]:
+            checkpoints.save(make_state(step), make_config(), accuracy, 1.0)
+            assert (checkpoints.latest_step, checkpoints.best_step) == (step, best)
+            assert steps_in(tmp_path) == {str(step), str(best)}
+
+
+def test_the_best_is_kept_when_a_run_goes_on(tmp_path):
+    save_all(tmp_path, {1: (0.9, 1.0), 2: (0.1, 1.0)})
+    save_all(tmp_path, {3: (0.2, 1.0)})
+    assert steps_in(tmp_path) == {"1", "3"}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.latest_step, checkpoints.best_step) == (3, 1)
+
+
+def test_the_configuration_is_inside(tmp_path):
+    save_all(tmp_path, {1: (0.5, 1.0)})
+    with Checkpoints(tmp_path) as checkpoints:
+        stored = checkpoints.config(1)
+    assert stored == make_config().to_dict()
+    assert json.loads(json.dumps(stored)) == stored
+    assert from_dict(stored) == make_config()
+
+
+def test_what_an_interrupted_save_left_is_ignored_and_cleared_away(tmp_path):
+    save_all(tmp_path, {1: (0.5, 1.0)})
+    torn = tmp_path / "2.orbax-checkpoint-tmp"
+    (torn / "state").mkdir(parents=True)
+    (torn / "state" / "manifest.ocdbt").write_bytes(b"half")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.latest_step, checkpoints.best_step) == (1, 1)
+        assert_equal(restore(checkpoints, 1), make_state(1))
+    assert steps_in(tmp_path) == {"1"}
+    save_all(tmp_path, {2: (0.6, 1.0)})
+    assert steps_in(tmp_path) == {"2"}
+
+
+def test_a_relative_directory_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_all(Path("here"), {1: (0.5, 1.0)})
+    assert steps_in(tmp_path / "here") == {"1"}
+
+
+def test_a_described_state_has_the_shapes_and_the_place():
+    placement = sharding.replicated(sharding.make_mesh())
+    abstract = abstract_state(make_state(1), placement)
+    assert jax.tree.structure(abstract) == jax.tree.structure(make_state(1))
+    for found, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(make_state(1)), strict=True):
+        assert isinstance(found, jax.ShapeDtypeStruct)
+        assert (found.shape, found.dtype, found.sharding) == (leaf.shape, leaf.dtype, placement)
