@@ -70,11 +70,13 @@ def _run(trials: Sequence[sweep.Trial], memory_base: config.Config, workdir: Pat
         shown = row.error if row.test_accuracy is None else f"test accuracy {row.test_accuracy:.4f}"
         tqdm.write(f"{trial.label:<40} {row.status:<7} {shown}")
         sys.stdout.flush()
-        plots.sweep_plots(_write_tables(trials, workdir), workdir / "plots")
+        _write_tables(trials, workdir)
 
-    executor.run_trials(trials, jobs, _RETRY_FAILED.value, workdir / "compilation_cache", on_end)
-    summaries = _write_tables(trials, workdir)
-    plots.sweep_plots(summaries, workdir / "plots")
+    try:
+        executor.run_trials(trials, jobs, _RETRY_FAILED.value, workdir / "compilation_cache", on_end)
+    finally:
+        summaries = _write_tables(trials, workdir)
+        plots.sweep_plots(summaries, workdir / "plots")
     _print_summary(summaries)
     others = {path.name for path in workdir.glob("trials/*")} - {trial.directory.name for trial in trials}
     if others:

@@ -109,6 +109,14 @@ def test_reopening_drops_what_came_after_the_last_step(tmp_path, last_step, kept
     assert path.read_text().count("\n") == len(kept) + 1
 
 
+def test_reopening_drops_the_test_split_which_is_reported_last(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"step": 4, "split": split} for split in ("train", "validation", "test")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics.JsonLines(path, 4).close()
+    assert metrics.read_rows(path) == rows[:2]
+
+
 def test_a_run_log_writes_rows_and_scalars(tmp_path):
     log = metrics.RunLog(tmp_path, 0)
     log.metrics(3, "train", {"loss": 1.5, "count": 7, "load": [0.5, 0.5], "name": "a"})
