@@ -3,7 +3,8 @@
 Two accountings stand side by side:
 
 - `paper`, the formula of the ButterflyViT paper, for comparison with its figures: the expert matrices of the mixture
-  layers alone, 1.58 bits a ternary weight, 4 bytes an angle or a stored weight; router, scales and biases left out.
+  layers alone, 1.58 bits a ternary weight, 4 bytes an angle or a stored weight; router, scales, biases and the dense
+  projection of the `reference` form left out.
 - `full`, every byte of the model's tensors as stored for inference: ternary weights at 5 a byte (3^5 = 243 <= 256), one
   float32 scale per output row (or tensor), and 4 bytes for every other number; backbone, router and biases included.
 """
