@@ -23,6 +23,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _STRICT = ("test_ternary", "test_butterfly", "test_losses", "test_routing", "test_dispatch", "test_moe", "test_vit")
 
 
+# Every family, and every form of the butterfly one.
+KINDS = [
+    ("dense", "separate"),
+    ("standard", "separate"),
+    ("butterfly", "separate"),
+    ("butterfly", "tied"),
+    ("butterfly", "reference"),
+]
+
+
 def make_config(argument: str = "butterfly,4", **changes: object) -> Config:
     """Returns the digits configuration, made short; `changes` are dotted fields with __ for the dot."""
     raw = digits.get_config(argument)

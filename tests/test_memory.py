@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import time
 
 import jax
@@ -9,19 +8,11 @@ from bvit_jax import components, memory, vit
 from bvit_jax.config import resolve
 from bvit_jax.model_config import ModelConfig
 from configs import paper
-from tests.conftest import make_model
+from tests.conftest import KINDS, make_model
 
 # d_model 8, d_ff 16, 2 layers, 2 heads, 4 experts, 2 stages; images of 8 x 8 x 1 in 4 patches; 10 classes.
 SMALL = {"d_model": 8, "d_ff": 16, "num_heads": 2, "patch_size": 4, "num_experts": 4, "num_stages": 2, "top_k": 2}
-ledger = functools.cache(memory.ledger)  # tests ask for the same models
-
-KINDS = [
-    ("dense", "separate"),
-    ("standard", "separate"),
-    ("butterfly", "separate"),
-    ("butterfly", "tied"),
-    ("butterfly", "reference"),
-]
+ledger = memory.ledger
 
 
 def small(family: str, form: str = "separate", **changes: object) -> ModelConfig:

@@ -11,15 +11,8 @@ import pytest
 from bvit_jax import components, vit
 from bvit_jax.config import OptimizerConfig
 from bvit_jax.optimizer import learning_rate, make_optimizer
-from tests.conftest import make_model
+from tests.conftest import KINDS, make_model
 
-KINDS = [
-    ("dense", "separate"),
-    ("standard", "separate"),
-    ("butterfly", "separate"),
-    ("butterfly", "tied"),
-    ("butterfly", "reference"),
-]
 PLAIN = OptimizerConfig(
     learning_rate=0.01,
     warmup_steps=0,
