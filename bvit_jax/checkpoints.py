@@ -1,15 +1,18 @@
 """Checkpoints of a run, kept by orbax: the newest, to go on from, and the best on validation, to report."""
 
+import json
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from bvit_jax.config import Config
-from bvit_jax.train_step import TrainState
+from bvit_jax.config import Config, from_dict
+from bvit_jax.model_config import ConfigError
+from bvit_jax.train_step import TrainState, init_state
 
 
 def _rank(metrics: dict[str, float]) -> tuple[float, float]:
@@ -18,9 +21,12 @@ def _rank(metrics: dict[str, float]) -> tuple[float, float]:
 
 
 class Checkpoints:
-    """The checkpoints under one directory; use it as a context, which waits for what is still being written."""
+    """The checkpoints under one directory; use it as a context, which waits for what is still being written.
 
-    def __init__(self, directory: Path) -> None:
+    With `read_only` nothing in the directory changes, even while a run writes there.
+    """
+
+    def __init__(self, directory: Path, read_only: bool = False) -> None:
         # Ranks are tuples, which sort as well as the floats that orbax's annotations ask for.
         rank: Any = _rank
         best = BestN(get_metric_fn=rank, n=1)
@@ -29,7 +35,8 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 best_fn=rank,
                 preservation_policy=AnyPreservationPolicy([LatestN(1), best]),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
                 enable_async_checkpointing=False,
             ),
         )
@@ -72,6 +79,43 @@ class Checkpoints:
     def config(self, step: int) -> dict[str, Any]:
         """Reads the configuration inside a checkpoint, as `Config.to_dict` gave it."""
         return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+
+def best_params(workdir: Path) -> tuple[Config, int, Any]:
+    """Reads the best checkpoint of a run onto the first device.
+
+    Returns:
+        The run's configuration, the step of the checkpoint, and the parameters.
+
+    Raises:
+        ConfigError: if the directory is no run's, or holds no checkpoint.
+    """
+    name = f"workdir = {str(workdir)!r}"
+    try:
+        config = from_dict(json.loads((workdir / "config.json").read_text()))
+    except OSError:
+        raise ConfigError(f"{name}: it must be the directory of a run; it has no config.json") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{workdir / 'config.json'}: it is damaged, or of another version ({error})") from None
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        raise ConfigError(f"{name}: it holds no checkpoint yet")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # orbax warns of read_only itself
+    try:
+        return config, *_best(directory, config, name)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _best(directory: Path, config: Config, name: str) -> tuple[int, Any]:
+    with Checkpoints(directory, read_only=True) as checkpoints:
+        step = checkpoints.best_step
+        if step is None:
+            raise ConfigError(f"{name}: it holds no checkpoint yet")
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        state = jax.eval_shape(lambda: init_state(config))
+        return step, checkpoints.restore(step, abstract_state(state, place)).params
 
 
 def abstract_state(state: TrainState, placement: jax.sharding.Sharding) -> TrainState:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bvit_jax.model_config import VARIANTS, ConfigError, ModelConfig, VitShape, require
 
@@ -220,5 +220,9 @@ def _build(cls: type[Any], section: str, fields: dict[str, Any]) -> Any:
             require(valid and abs(value) < LARGEST_INTEGER, prefix + name, value, WANTED_NUMBER[kind])
         elif kind is str:
             require(isinstance(value, str), prefix + name, value, "text")
+        elif get_origin(kind) is Literal:
+            choices = get_args(kind)
+            valid = type(value) is type(choices[0]) and value in choices
+            require(valid, prefix + name, value, " or ".join(map(str, choices)))
         checked[name] = value
     return cls(**checked)

@@ -76,9 +76,20 @@ def evaluate(params: Any, config: ModelConfig, split: data.Split, batch_size: in
     return Evaluation(float(total.correct) / count, float(total.nll) / count, int(count), load, entropy)
 
 
+def from_logits(logits_nxC: np.ndarray, labels_n: np.ndarray) -> Evaluation:
+    """Scores logits, one row an image, against labels; sums are formed in float64."""
+    logits = logits_nxC.astype(np.float64)
+    largest = logits.max(axis=1)
+    log_norm = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
+    nll = log_norm - logits[np.arange(len(labels_n)), labels_n]
+    return Evaluation(float((logits.argmax(axis=1) == labels_n).mean()), float(nll.mean()), len(labels_n))
+
+
 def ternary_statistics(params: Any, config: ModelConfig) -> dict[str, dict[str, float]]:
     """Returns {"zeros", "scale"} of every prototype by its path, averaged over the layers that share the path."""
-    found = {}
+    found: dict[str, dict[str, float]] = {}
+    if config.ternary_scale == "none":
+        return found
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = components.path_of(key_path)
         if components.component_of(path) == "prototype":

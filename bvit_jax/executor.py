@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from bvit_jax import config, metrics, train
+from bvit_jax import config, files, metrics, train
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sweep import ERROR_FILE, Trial, record_failure
 
@@ -155,7 +155,7 @@ def _trial_process(stored: dict[str, Any], directory: Path, cores: list[int], co
     try:
         train.run(config.from_dict(stored), directory, show_progress=False)
     except Exception:
-        metrics.write_text(directory / ERROR_FILE, traceback.format_exc())
+        files.write_text(directory / ERROR_FILE, traceback.format_exc())
         sys.exit(1)
 
 

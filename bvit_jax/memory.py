@@ -3,31 +3,28 @@
 Two accountings stand side by side:
 
 - `paper`, the formula of the ButterflyViT paper, for comparison with its figures: the expert matrices of the mixture
-  layers alone, 1.58 bits a ternary weight, 4 bytes an angle or a stored weight; router, scales, biases and the dense
-  projection of the `reference` form left out.
-- `full`, every byte of the model's tensors as stored for inference: ternary weights at 5 a byte (3^5 = 243 <= 256), one
-  float32 scale per output row (or tensor), and 4 bytes for every other number; backbone, router and biases included.
+  layers alone, 1.58 bits a ternary weight, the stored bits of an angle or a weight; router, scales, biases and the
+  dense projection of the `reference` form left out.
+- `full`, every byte of the exported file (`bvit_jax.packed_file`), its header included.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import jax
 
-from bvit_jax import components, vit
-from bvit_jax.model_config import Form, ModelConfig
+from bvit_jax import components, file_format
+from bvit_jax.config import Config
+from bvit_jax.precision import PAPER_BITS
+from bvit_jax.storage import Storage, StoredParam, as_trained, layout
 
-PAPER_BITS_PER_TRIT = 1.58
-TRITS_PER_BYTE = 5
-FLOAT_BYTES = 4
-
-_MIXTURE: frozenset[components.Component] = frozenset(
-    {"prototype", "angles", "router", "experts", "ffn", "projection", "ffn_bias"}
+_MIXTURE: frozenset[str] = frozenset(
+    {"prototype", "scales", "angles", "router", "experts", "ffn", "projection", "ffn_bias"}
 )
-_PAPER_MATRICES: frozenset[components.Component] = frozenset({"experts", "ffn", "angles"})
+_MATRICES: frozenset[str] = frozenset({"prototype", "experts", "ffn", "projection"})
+"""Components whose scales stand in a row of their own; elsewhere they count as the component's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +32,9 @@ class Row:
     """One component of a model.
 
     Attributes:
-        component: a name of `components.COMPONENTS`, or `scales` for the scales of the prototypes.
-        params: stored numbers.
+        component: a name of `components.COMPONENTS`; `scales`, of the matrices of the feed-forward layers; or `header`,
+            the bytes of the file before its tensors.
+        params: trained numbers; none for scales and header.
         bytes_paper, bytes_full: in the two accountings; `bytes_paper` need not be whole (1.58 bits).
     """
 
@@ -58,8 +56,8 @@ class Ledger:
 
     @property
     def params(self) -> int:
-        """Trained numbers: scales are derived from the prototypes, so they are not counted."""
-        return sum(row.params for row in self.rows if row.component != "scales")
+        """Trained numbers."""
+        return sum(row.params for row in self.rows)
 
     @property
     def bytes_paper(self) -> float:
@@ -68,102 +66,91 @@ class Ledger:
 
     @property
     def bytes_full(self) -> int:
-        """Bytes of all tensors of the model as stored for inference."""
+        """Bytes of the exported file."""
         return sum(row.bytes_full for row in self.rows)
 
     @property
     def bytes_full_ffn(self) -> int:
-        """Bytes of the feed-forward layers alone, all counted: matrices, scales, angles, router, biases."""
-        return sum(row.bytes_full for row in self.rows if row.component in _MIXTURE | {"scales"})
+        """Bytes of the feed-forward layers' tensors, all counted: matrices, scales, angles, router, biases."""
+        return sum(row.bytes_full for row in self.rows if row.component in _MIXTURE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data, ready for JSON: the rows and their sums."""
+        sums = {name: getattr(self, name) for name in ("params", "bytes_paper", "bytes_full", "bytes_full_ffn")}
+        return {"components": [dataclasses.asdict(row) for row in self.rows], **sums}
 
 
-@functools.lru_cache(maxsize=256)
-def ledger(config: ModelConfig) -> Ledger:
-    """Counts a model. No array is made, so any number of experts is at once.
+@functools.lru_cache(maxsize=1024)
+def ledger(config: Config, storage: Storage | None = None) -> Ledger:
+    """Counts the exported file of a model. No array is made, so any number of experts is at once.
 
     The `paper` accounting counts the mixture layers only; for a dense model, which has none, all its FFNs.
+
+    Args:
+        config: the run whose model it is; the file's header holds it whole.
+        storage: number formats; by default those that the model is trained with.
     """
-    params: dict[str, int] = {}
-    paper: dict[str, float] = {}
-    full: dict[str, int] = {}
-
-    def add(component: str, number: int, bytes_paper: float, bytes_full: int) -> None:
-        params[component] = params.get(component, 0) + number
-        paper[component] = paper.get(component, 0.0) + bytes_paper
-        full[component] = full.get(component, 0) + bytes_full
-
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(vit.param_shapes(config)):
-        component = components.component_of(components.path_of(key_path))
-        if component == "prototype":
-            layers, inputs, outputs = leaf.shape
-            scales = outputs if config.ternary_scale == "row" else 1
-            add(component, leaf.size, leaf.size * PAPER_BITS_PER_TRIT / 8, layers * packed_bytes(inputs * outputs))
-            add("scales", layers * scales, 0.0, layers * scales * FLOAT_BYTES)
-            continue
-        counted = component in _PAPER_MATRICES and (component != "ffn" or config.family == "dense")
-        add(component, leaf.size, float(leaf.size * FLOAT_BYTES) if counted else 0.0, leaf.size * FLOAT_BYTES)
-    order = [name for name in (*components.COMPONENTS[:1], "scales", *components.COMPONENTS[1:]) if name in params]
-    return Ledger(tuple(Row(name, params[name], paper[name], full[name]) for name in order))
+    storage = storage or as_trained(config.model)
+    params = layout(config.model, storage)
+    rows: dict[str, Row] = {}
+    for stored in params:
+        scale_bytes = 0 if stored.scale is None else stored.scale.nbytes
+        paper = _paper_bytes(stored, config, storage)
+        if stored.component in _MATRICES and scale_bytes:
+            _add(rows, Row("scales", 0, 0.0, scale_bytes))
+            scale_bytes = 0
+        _add(rows, Row(stored.component, math.prod(stored.shape), paper, stored.values.nbytes + scale_bytes))
+    names = (*components.COMPONENTS[:1], "scales", *components.COMPONENTS[1:])
+    return _with_header(tuple(rows[name] for name in names if name in rows), params, config, storage)
 
 
-def standard_twin(config: ModelConfig) -> ModelConfig:
-    """Returns the standard mixture of equal shape and experts, against which compression is measured."""
-    return dataclasses.replace(config, family="standard").canonical()
+def _paper_bytes(stored: StoredParam, config: Config, storage: Storage) -> float:
+    if stored.component == "angles":
+        return math.prod(stored.shape) * storage.angle_bits / 8
+    in_formula = {"prototype", "experts"} if config.model.family != "dense" else {"ffn"}
+    if stored.component not in in_formula or stored.encoding == "angles":
+        return 0.0
+    return math.prod(stored.shape) * PAPER_BITS[stored.encoding] / 8
 
 
-def packed_bytes(trits: int) -> int:
-    """Bytes of that many ternary weights at 5 a byte."""
-    return math.ceil(trits / TRITS_PER_BYTE)
+def _add(rows: dict[str, Row], row: Row) -> None:
+    so_far = rows.get(row.component, Row(row.component, 0, 0.0, 0))
+    rows[row.component] = Row(
+        row.component,
+        so_far.params + row.params,
+        so_far.bytes_paper + row.bytes_paper,
+        so_far.bytes_full + row.bytes_full,
+    )
+
+
+def _with_header(rows: tuple[Row, ...], params: tuple[StoredParam, ...], config: Config, storage: Storage) -> Ledger:
+    """Adds the header's row. The header states its own size, so the size is raised until it is the one stated."""
+    tensors = [tensor for stored in params for tensor in stored.tensors]
+    size = 0
+    while True:
+        found = Ledger((*rows, Row("header", 0, 0.0, size)))
+        needed = file_format.header_bytes(tensors, metadata(config, storage, found))
+        if needed == size:
+            return found
+        size = needed
+
+
+def metadata(config: Config, storage: Storage, ledger_: Ledger, digest: str = file_format.NO_DIGEST) -> str:
+    """Returns the JSON text in the header of a model's file."""
+    return file_format.metadata_text(config.to_dict(), dataclasses.asdict(storage), ledger_.to_dict(), digest)
+
+
+def standard_ledger(config: Config) -> Ledger:
+    """Counts the float32 standard mixture of equal shape and experts, against which compression is measured."""
+    return ledger(standard_twin(config), Storage())
+
+
+def standard_twin(config: Config) -> Config:
+    """Returns the standard mixture of equal shape and experts."""
+    model = dataclasses.replace(config.model, family="standard").canonical()
+    return dataclasses.replace(config, model=model)
 
 
 def count_params(params: Any) -> int:
     """Number of trained parameters of a tree of arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-@dataclasses.dataclass(frozen=True)
-class ScalingRow:
-    """One point of a curve of bytes against experts.
-
-    Attributes:
-        family, form: as in `ModelConfig`; the form is `-` for families other than butterfly.
-        num_experts: E.
-        bytes_paper, bytes_full, bytes_full_ffn: as in `Ledger`.
-        compression_paper, compression_full, compression_full_ffn: bytes of the standard mixture over these.
-    """
-
-    family: str
-    form: str
-    num_experts: int
-    bytes_paper: float
-    bytes_full: int
-    bytes_full_ffn: int
-    compression_paper: float
-    compression_full: float
-    compression_full_ffn: float
-
-
-def scaling(config: ModelConfig, experts: Sequence[int]) -> list[ScalingRow]:
-    """Counts the standard mixture and every butterfly form of one shape at each number of experts."""
-    rows = []
-    kinds: list[dict[str, Any]] = [{"family": "standard"}]
-    kinds += [{"family": "butterfly", "form": form} for form in get_args(Form)]
-    for kind in kinds:
-        for num_experts in experts:
-            top_k = min(config.top_k, num_experts)
-            own_config = dataclasses.replace(config, num_experts=num_experts, top_k=top_k, **kind).canonical()
-            own, standard = ledger(own_config), ledger(standard_twin(own_config))
-            rows.append(
-                ScalingRow(
-                    family=kind["family"],
-                    form=kind.get("form", "-"),
-                    num_experts=num_experts,
-                    bytes_paper=own.bytes_paper,
-                    bytes_full=own.bytes_full,
-                    bytes_full_ffn=own.bytes_full_ffn,
-                    compression_paper=standard.bytes_paper / own.bytes_paper,
-                    compression_full=standard.bytes_full / own.bytes_full,
-                    compression_full_ffn=standard.bytes_full_ffn / own.bytes_full_ffn,
-                )
-            )
-    return rows

@@ -6,17 +6,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON whole or not at all: a reader never finds half a file."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes text whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+from bvit_jax import files
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -40,7 +30,7 @@ class JsonLines:
 
     def __init__(self, path: Path, last_step: int) -> None:
         kept = [row for row in read_rows(path) if row["step"] <= last_step and row.get("split") != "test"]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:

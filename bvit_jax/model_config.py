@@ -3,11 +3,15 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
-from bvit_jax import butterfly, ternary
+from bvit_jax import butterfly, packing, precision
 
 Family = Literal["dense", "standard", "butterfly"]
 Form = Literal["separate", "tied", "reference"]
 ComputeDtype = Literal["float32", "bfloat16"]
+TernaryScale = Literal["row", "tensor", "none"]
+
+
+MAX_LAYERS = 512
 
 
 class ConfigError(ValueError):
@@ -48,7 +52,10 @@ class ModelConfig:
             others hold a dense FFN.
         num_stages: depth of the rotations; a side that has fewer stages at full depth stops there.
         stride_order: of the rotations; see `bvit_jax.butterfly`.
-        ternary_scale: one scale per output `row` or per `tensor`.
+        ternary_scale: of the prototypes, one per output `row` or per `tensor`; `none` leaves them floats, not ternary.
+        angle_bits: angles are rounded to 2^angle_bits steps of the circle, in training through a straight-through
+            estimator; 32 leaves them float32.
+        router_precision: likewise, the format that the router's weights are rounded to.
         angle_init: angles start uniform in [-angle_init, angle_init], radians.
         router_noise: standard deviation of the Gaussian noise on the router's logits in training.
         compute_dtype: of activations and matrix products; parameters and the router are float32.
@@ -63,7 +70,9 @@ class ModelConfig:
     moe_layers: str
     num_stages: int
     stride_order: butterfly.StrideOrder
-    ternary_scale: ternary.ScaleKind
+    ternary_scale: TernaryScale
+    angle_bits: packing.AngleBits
+    router_precision: precision.RouterPrecision
     angle_init: float
     router_noise: float
     compute_dtype: ComputeDtype
@@ -81,15 +90,19 @@ class ModelConfig:
             "family": get_args(Family),
             "form": get_args(Form),
             "stride_order": butterfly.STRIDE_ORDERS,
-            "ternary_scale": ternary.SCALE_KINDS,
+            "ternary_scale": get_args(TernaryScale),
+            "angle_bits": packing.ANGLE_BITS,
+            "router_precision": get_args(precision.RouterPrecision),
             "compute_dtype": get_args(ComputeDtype),
         }.items():
-            require(getattr(self, field) in choices, f"model.{field}", getattr(self, field), " or ".join(choices))
+            value = getattr(self, field)
+            require(value in choices, f"model.{field}", value, " or ".join(map(str, choices)))
         for field in (
             *("num_experts", "top_k", "num_stages", "image_size", "patch_size", "num_layers", "d_model", "d_ff"),
             *("num_heads", "channels", "num_classes"),
         ):
             require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "at least 1")
+        require(self.num_layers <= MAX_LAYERS, "model.num_layers", self.num_layers, f"at most {MAX_LAYERS}")
         enough = self.family == "dense" or self.top_k <= self.num_experts
         require(enough, "model.top_k", self.top_k, f"at most num_experts = {self.num_experts}")
         require(
@@ -122,6 +135,10 @@ class ModelConfig:
         chosen = () if self.family == "dense" else moe_layer_indices(self.moe_layers, self.num_layers)
         return tuple(layer in chosen for layer in range(self.num_layers))
 
+    def deployed(self) -> "ModelConfig":
+        """Returns the model whose prototypes, angles and router are already rounded: it uses them as they are."""
+        return dataclasses.replace(self, ternary_scale="none", angle_bits=32, router_precision="float32")
+
     def canonical(self) -> "ModelConfig":
         """Resets the fields that the family ignores, so that equal models have equal configurations."""
         mixture: dict[str, Any] = (
@@ -132,6 +149,7 @@ class ModelConfig:
                 "num_stages": 1,
                 "stride_order": "descending",
                 "ternary_scale": "row",
+                "angle_bits": 32,
                 "angle_init": 0.0,
             }
         )
@@ -140,7 +158,13 @@ class ModelConfig:
         spelling = next((name for name, meant in named if meant == layers), ",".join(map(str, layers)))
         router: dict[str, Any] = {"moe_layers": spelling}
         if self.family == "dense":
-            router = {"num_experts": 1, "top_k": 1, "moe_layers": "every", "router_noise": 0.0}
+            router = {
+                "num_experts": 1,
+                "top_k": 1,
+                "moe_layers": "every",
+                "router_noise": 0.0,
+                "router_precision": "float32",
+            }
         return dataclasses.replace(self, **mixture, **router)
 
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bvit_jax import butterfly, dispatch, routing, ternary
+from bvit_jax import butterfly, dispatch, packing, precision, routing, ternary
 from bvit_jax.model_config import ModelConfig
 
 FfnOutput = tuple[jax.Array, routing.RouterReport | None]
@@ -45,6 +45,7 @@ class Router(nn.Module):
         self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None
     ) -> tuple[routing.Routing, routing.RouterReport]:
         kernel_DxE = self.param("kernel", _router_init, (x_BxTxD.shape[-1], self.config.num_experts))
+        kernel_DxE = precision.quantise(kernel_DxE, self.config.router_precision)
         logits_BxTxE = x_BxTxD.astype(jnp.float32) @ kernel_DxE
         noise_BxTxE = None
         if train and self.config.router_noise > 0:
@@ -159,7 +160,9 @@ class ButterflyMoe(nn.Module):
 
     def _prototype(self, name: str, inputs: int, outputs: int) -> jax.Array:
         weights_IxO = self.param(name, _kernel_init, (inputs, outputs))
-        return ternary.quantise(weights_IxO, self.config.ternary_scale).astype(self.config.compute_dtype)
+        if self.config.ternary_scale != "none":
+            weights_IxO = ternary.quantise(weights_IxO, self.config.ternary_scale)
+        return weights_IxO.astype(self.config.compute_dtype)
 
     def _bias(self, name: str, size: int) -> jax.Array:
         return self.param(name, nn.initializers.zeros, (size,)).astype(self.config.compute_dtype).reshape(1, 1, 1, size)
@@ -169,7 +172,7 @@ class ButterflyMoe(nn.Module):
         c = self.config
         stages = butterfly.make_stages(dim, min(c.num_stages, butterfly.max_stages(dim)), c.stride_order)
         shape = (c.num_experts, butterfly.num_angles(stages))
-        angles_ExA = self.param(f"{name}_angles", _uniform(c.angle_init), shape)
+        angles_ExA = packing.quantise_angles(self.param(f"{name}_angles", _uniform(c.angle_init), shape), c.angle_bits)
         return lambda x, inverse: butterfly.rotate(x, angles_ExA, stages, inverse=inverse, expert=expert)
 
 

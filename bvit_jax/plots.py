@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bvit_jax.memory import ScalingRow
+from bvit_jax.scaling import Point, Variant, growth
 from bvit_jax.sweep import Summary
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell the series apart without colour.
@@ -39,18 +39,20 @@ def sweep_plots(summaries: Sequence[Summary], directory: Path) -> list[Path]:
     return [_draw(directory / name, partial(draw, summaries=summaries)) for name, draw in pictures.items()]
 
 
-def memory_plot(rows: Sequence[ScalingRow], title: str, path: Path) -> Path:
-    """Draws bytes against experts for every family and form, in both accountings."""
+def memory_plot(points: Sequence[Point], title: str, path: Path) -> Path:
+    """Draws bytes against experts, a panel a family and form, a line a number format, in both accountings."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _draw(path, partial(_memory, rows=rows, title=title))
+    return _draw(path, partial(_memory, points=points, title=title), size=(8.0, 7.0), legend=False)
 
 
-def _draw(path: Path, draw: Callable[[Figure], None]) -> Path:
+def _draw(path: Path, draw: Callable[[Figure], None], size: tuple[float, float] = _SIZE, legend: bool = True) -> Path:
+    """Draws and saves one picture, with a legend below it if the panels have none of their own."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+        if legend:
+            handles, labels = figure.axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
         figure.savefig(path, dpi=150)
     return path
 
@@ -120,23 +122,36 @@ def _accuracy_against_bytes(figure: Figure, summaries: Sequence[Summary]) -> Non
     figure.suptitle("Accuracy against bytes (number of experts beside each point)", fontsize=10)
 
 
-def _memory(figure: Figure, rows: Sequence[ScalingRow], title: str) -> None:
-    axes = figure.subplots()
-    names = list(dict.fromkeys((row.family, row.form) for row in rows))
-    for index, (family, form) in enumerate(names):
-        line = [row for row in rows if (row.family, row.form) == (family, form)]
-        experts = [row.num_experts for row in line]
-        colour, marker = _COLOURS[index], _MARKERS[index]
-        name = f"{family} {form.strip('-')}".strip()
-        paper = [row.bytes_paper / 1e6 for row in line]
-        full = [row.bytes_full_ffn / 1e6 for row in line]
-        axes.plot(experts, paper, color=colour, linestyle=":", marker=marker, markersize=4, label=f"{name}, paper")
-        axes.plot(experts, full, color=colour, linestyle="-", marker=marker, markersize=4, label=f"{name}, full")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("experts")
-    axes.set_ylabel("mixture layers (MB)")
-    axes.set_title(title, fontsize=10)
+def _memory(figure: Figure, points: Sequence[Point], title: str) -> None:
+    kinds = list(dict.fromkeys(_kind(p) for p in points if p.variant.family != "dense"))
+    exponents = {g.variant: g.exponent for g in growth(points)}
+    panels = figure.subplots(-(-len(kinds) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
+    for axes, kind in zip(panels, kinds, strict=False):
+        lines: dict[Variant, list[Point]] = {}
+        for point in (p for p in points if _kind(p) == kind):
+            lines.setdefault(point.variant, []).append(point)
+        for index, (variant, line) in enumerate(lines.items()):
+            experts = [p.num_experts for p in line]
+            slope = f", fit E^{exponents[variant]:.2f}" if variant in exponents else ""
+            style: dict[str, Any] = {"color": _COLOURS[index], "marker": _MARKERS[index], "markersize": 3}
+            axes.plot(
+                experts, [p.ledger.bytes_full_ffn / 1e6 for p in line], label=f"{variant.numbers}{slope}", **style
+            )
+            axes.plot(experts, [p.ledger.bytes_paper / 1e6 for p in line], linestyle=":", **style)
+        baseline = [p.standard.bytes_full_ffn / 1e6 for p in next(iter(lines.values()))]
+        if kind != "standard":
+            axes.plot(experts, baseline, color="0.5", linestyle="--", label="standard float32")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(kind, fontsize=9)
+        axes.legend(fontsize=7)
+    figure.supxlabel("experts E", fontsize=9)
+    figure.supylabel("mixture layers (MB); solid: full, dotted: paper", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+
+
+def _kind(point: Point) -> str:
+    return f"{point.variant.family} {point.variant.form_name.strip('-')}".strip()
 
 
 def _accuracy(line: Sequence[Summary]) -> tuple[np.ndarray, np.ndarray]:

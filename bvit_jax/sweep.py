@@ -9,9 +9,7 @@ Every trial runs in a process of its own: what it does to its memory or its devi
 """
 
 import copy
-import csv
 import dataclasses
-import io
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bvit_jax import memory, metrics
+from bvit_jax import files, memory, metrics
 from bvit_jax.config import Config, resolve
 from bvit_jax.model_config import require
 
@@ -173,13 +171,13 @@ def _settings(config: Config, chosen: Mapping[str, Any]) -> str:
 def record_failure(trial: Trial, cause: str) -> None:
     """Leaves the cause of a failure in the trial's directory, which marks it as failed."""
     trial.directory.mkdir(parents=True, exist_ok=True)
-    metrics.write_text(trial.directory / ERROR_FILE, cause.rstrip() + "\n")
+    files.write_text(trial.directory / ERROR_FILE, cause.rstrip() + "\n")
 
 
 def result_row(trial: Trial) -> ResultRow:
     """Collects what is known of a trial; sizes come from the ledger whether or not it has run."""
     config = trial.config
-    own, standard = memory.ledger(config.model), memory.ledger(memory.standard_twin(config.model))
+    own, standard = memory.ledger(config), memory.standard_ledger(config)
     status = trial.status
     result = json.loads((trial.directory / "result.json").read_text()) if status == "ok" else {}
     timing = result.get("timing", {})
@@ -211,17 +209,6 @@ def result_row(trial: Trial) -> ResultRow:
 
 def _last_line(path: Path) -> str:
     return (path.read_text().strip().splitlines() or [""])[-1]
-
-
-def to_csv(rows: Sequence[Any]) -> str:
-    """Formats dataclasses of one kind, at least one, as CSV with a header; None is an empty cell."""
-    text = io.StringIO()
-    names = [field.name for field in dataclasses.fields(rows[0])]
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: "" if value is None else value for name, value in dataclasses.asdict(row).items()})
-    return text.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from bvit_jax import data, evaluate, memory, metrics, sharding, train_step
+from bvit_jax import data, evaluate, files, memory, metrics, sharding, train_step
 from bvit_jax import workdir as workdirs
 from bvit_jax.checkpoints import Checkpoints, abstract_state
 from bvit_jax.config import Config
@@ -172,7 +172,7 @@ class _Run:
             "ternary": evaluate.ternary_statistics(state.params, config.model),
             "timing": total_timing(metrics.read_rows(self.workdir / "timing.jsonl")),
         }
-        metrics.write_json(self.workdir / "result.json", result)
+        files.write_json(self.workdir / "result.json", result)
         self._say(f"test accuracy {found.accuracy:.4f}  nll {found.nll:.4f}  (step {best_step}, best on validation)")
         return result
 

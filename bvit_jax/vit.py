@@ -7,6 +7,7 @@ References:
     Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929 (pre-norm blocks, class token).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -90,9 +91,16 @@ class Pattern(nn.Module):
 
 
 class Vit(nn.Module):
-    """ButterflyViT, its standard mixture-of-experts twin or a plain ViT, by `config.family`."""
+    """ButterflyViT, its standard mixture-of-experts twin or a plain ViT, by `config.family`.
+
+    Attributes:
+        config: the model.
+        unpack: (name of a segment, its stored parameters) -> its parameters, called inside the scan for one layer
+            pattern at a time; None for parameters that are stored as they are used.
+    """
 
     config: ModelConfig
+    unpack: Callable[[str, Any], Any] | None = None
 
     @nn.compact
     def __call__(
@@ -119,15 +127,16 @@ class Vit(nn.Module):
         x_BxTxD = self._embed((2 * images_BxHxWxc - 1).astype(c.compute_dtype))
         reports: list[RouterReport] = []
         for index, (pattern, repeats) in enumerate(layer_segments(c.is_moe_by_layer)):
+            name = f"segment_{index}"
             scanned = nn.scan(
-                Pattern,
+                _unpacking(name, self.unpack),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "router": True},
                 in_axes=nn.broadcast,
                 length=repeats,
                 unroll=repeats if repeats <= 2 else 1,  # a loop of two costs more than it saves
             )
-            x_BxTxD, stacked = scanned(c, pattern, train, name=f"segment_{index}")(x_BxTxD, weight_B)
+            x_BxTxD, stacked = scanned(c, pattern, train, name=name)(x_BxTxD, weight_B)
             if stacked:
                 reports.append(_in_layer_order(stacked))
         x_BxD = nn.LayerNorm(dtype=c.compute_dtype, name="final_norm")(x_BxTxD[:, 0])
@@ -146,6 +155,13 @@ class Vit(nn.Module):
         positions = self.param("position_embedding", nn.initializers.normal(0.02), (1, rows * columns + 1, c.d_model))
         first = jnp.broadcast_to(class_token.astype(x_BxPxD.dtype), (batch, 1, c.d_model))
         return jnp.concatenate([first, x_BxPxD], axis=1) + positions.astype(x_BxPxD.dtype)
+
+
+def _unpacking(name: str, unpack: Callable[[str, Any], Any] | None) -> Any:
+    """Returns `Pattern`, reading its parameters through `unpack` if there is one."""
+    if unpack is None:
+        return Pattern
+    return nn.map_variables(Pattern, "params", lambda stored: {"params": unpack(name, stored["params"])})
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bvit_jax import metrics
+from bvit_jax import files
 from bvit_jax.model_config import ConfigError
 
 LOCK_FILE = ".lock"
@@ -41,7 +41,7 @@ def claim(directory: Path, identity_file: str, identity: dict[str, Any], outputs
         foreign = [output for output in outputs if (directory / output).exists()]
         if foreign:
             raise ConfigError(f"{name}: it holds {', '.join(foreign)} but no {identity_file}; choose another workdir")
-        metrics.write_json(path, identity)
+        files.write_json(path, identity)
         return
     try:
         stored = json.loads(path.read_text())

@@ -53,6 +53,8 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "num_stages": 2,
             "stride_order": "descending",
             "ternary_scale": "row",
+            "angle_bits": 32,
+            "router_precision": "float32",
             "angle_init": 0.1,
             "router_noise": 0.0,
             "compute_dtype": "float32",

@@ -3,28 +3,30 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, logging
 
 from bvit_jax.model_config import ConfigError
+from bvit_jax.packed_file import PackedFileError
 
 Main = Callable[[Sequence[str]], None]
 
 
-def run(main: Main) -> None:
-    """Runs an entry point: a ConfigError becomes one line and exit status 2, Ctrl-C one line and 130.
+def run(main: Main, positional: bool = False) -> None:
+    """Runs an entry point: a bad configuration or file becomes one line and exit status 2, Ctrl-C one line and 130.
 
-    Libraries report from warnings upwards.
+    Libraries report from warnings upwards. Arguments other than flags are refused unless `positional`.
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not positional:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
         logging.set_verbosity(logging.WARNING)
         try:
             main(argv)
-        except ConfigError as error:
+        except (ConfigError, PackedFileError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
@@ -32,3 +34,15 @@ def run(main: Main) -> None:
             sys.exit(130)
 
     app.run(wrapped)
+
+
+def make_directory(flag: str, value: str) -> Path:
+    """Makes the directory that a flag names; raises ConfigError if that cannot be done."""
+    directory = Path(value)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / ".writable").touch()
+        (directory / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"{flag} = {value!r}: it must be a directory that can be written to ({error})") from None
+    return directory

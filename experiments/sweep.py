@@ -12,19 +12,15 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
-from rich import box
-from rich.console import Console
-from rich.table import Column, Table
 from tqdm import tqdm
 
-from bvit_jax import config, executor, memory, metrics, plots, sharding, sweep
+from bvit_jax import config, executor, files, memory_report, plots, sharding, storage, sweep
 from bvit_jax import workdir as workdirs
 from bvit_jax.model_config import require
-from experiments import entry
+from experiments import entry, tables
 
 _DEFAULT_CONFIG = str(Path(__file__).parent.parent / "configs" / "sweep_digits.py")
 _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT_CONFIG, "The sweep: base, grid and memory_base.")
@@ -35,6 +31,7 @@ _RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run again the trials t
 OUTPUTS = ("trials", "results.csv", "summary.md", "plots", "config.json", "checkpoints", "metrics.jsonl")
 MEMORY_EXPERTS = tuple(2**power for power in range(13))
 """Numbers of experts of the memory curves: 1 to 4096."""
+SHOWN_ANGLES = ("32-bit", "8-bit")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -91,68 +88,37 @@ def _run(trials: Sequence[sweep.Trial], memory_base: config.Config, workdir: Pat
 def _write_tables(trials: Sequence[sweep.Trial], workdir: Path) -> list[sweep.Summary]:
     rows = [sweep.result_row(trial) for trial in trials]
     summaries = sweep.summarise(trials, rows)
-    _write_rows(workdir / "results.csv", rows)
-    metrics.write_text(workdir / "summary.md", sweep.to_markdown(summaries, rows))
+    files.write_rows(workdir / "results.csv", [dataclasses.asdict(row) for row in rows])
+    files.write_text(workdir / "summary.md", sweep.to_markdown(summaries, rows))
     return summaries
-
-
-def _write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Writes rows as CSV, and as JSON beside it."""
-    metrics.write_text(path, sweep.to_csv(rows))
-    metrics.write_json(path.with_suffix(".json"), [dataclasses.asdict(row) for row in rows])
 
 
 def _draw_memory(base: config.Config, workdir: Path) -> None:
     """Counts the memory_base model from 1 to 4096 experts, from shapes alone, and shows the 64-expert figures."""
-    rows = memory.scaling(base.model, MEMORY_EXPERTS)
-    _write_rows(workdir / "memory.csv", rows)
-    m = base.model
-    title = f"{sum(m.is_moe_by_layer)} mixture layers, d_model {m.d_model}, d_ff {m.d_ff}, {m.num_stages} stages"
-    plots.memory_plot(rows, title, workdir / "plots" / "memory_vs_experts.png")
-    table = _table("paper MB", "x", "full MB, FFN", "x", "full MB, all", "x")
-    for row in (row for row in rows if row.num_experts == 64):
-        table.add_row(
-            _name(row.family, row.form),
-            *(_megabytes(row.bytes_paper), f"{row.compression_paper:.1f}"),
-            *(_megabytes(row.bytes_full_ffn), f"{row.compression_full_ffn:.1f}"),
-            *(_megabytes(row.bytes_full), f"{row.compression_full:.1f}"),
-        )
-    print(f"{title}, 64 experts, counted from shapes (1 to 4096 experts: {workdir / 'memory.csv'}):")
-    Console().print(table)
+    points = memory_report.write(base, storage.Storage(), MEMORY_EXPERTS, workdir)
+    shown = [p for p in points if p.num_experts == 64 and p.variant.numbers in ("float32", *SHOWN_ANGLES)]
+    print(f"{memory_report.describe(base)}, 64 experts, counted from shapes (all: {workdir / 'memory_totals.csv'}):")
+    tables.show(tables.memory_table(shown))
 
 
 def _print_summary(summaries: Sequence[sweep.Summary]) -> None:
-    table = _table("experts", "test %", "paper", "x", "full", "x", "img/s")
+    table = tables.table("experts", "test %", "paper", "x", "full", "x", "img/s")
     for summary in summaries:
         row = summary.sample
         spread = "" if math.isnan(summary.accuracy_std) else f" ± {100 * summary.accuracy_std:.2f}"
         table.add_row(
             " ".join(part for part in (_name(row.family, row.form), row.settings) if part),
             *(str(row.num_experts), f"{100 * summary.accuracy_mean:.2f}{spread}"),
-            *(_megabytes(row.bytes_paper), f"{row.compression_paper:.1f}"),
-            *(_megabytes(row.bytes_full), f"{row.compression_full:.2f}", f"{summary.images_per_second:.0f}"),
+            *(tables.megabytes(row.bytes_paper), f"{row.compression_paper:.1f}"),
+            *(tables.megabytes(row.bytes_full), f"{row.compression_full:.2f}", f"{summary.images_per_second:.0f}"),
         )
     seeds = " or ".join(sorted({str(summary.seeds) for summary in summaries})) or "no"
     print(f"Test accuracy, mean ± standard deviation over {seeds} seeds; sizes in MB; x: compression")
-    Console().print(table)
-
-
-def _table(*headers: str) -> Table:
-    """Makes a table of a column of names and right-aligned ones of numbers."""
-    table = Table(Column("", no_wrap=True), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
-    return table
+    tables.show(table)
 
 
 def _name(family: str, form: str) -> str:
     return family if form == "-" else f"{family} {form}"
-
-
-def _megabytes(number: float) -> str:
-    """Formats bytes as decimal MB to four figures, two decimals at most for large ones."""
-    megabytes = number / 1e6
-    return f"{megabytes:.2f}" if megabytes >= 100 else f"{megabytes:.3f}"
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ OTHER: dict[str, Any] = {
     "model.num_stages": 1,
     "model.stride_order": "ascending",
     "model.ternary_scale": "tensor",
+    "model.angle_bits": 8,
+    "model.router_precision": "int8",
     "model.angle_init": 0.123,
     "model.router_noise": 0.123,
     "model.compute_dtype": "bfloat16",
@@ -189,6 +191,12 @@ def test_a_fraction_is_no_integer_even_if_whole(name):
 def test_text_must_be_text(value):
     with pytest.raises(ConfigError, match=rf"^model\.moe_layers = {re.escape(repr(value))}: it must be text$"):
         changed("model.moe_layers", value)
+
+
+@pytest.mark.parametrize("value", [8.0, True, "8", None])
+def test_bits_are_an_integer_among_the_choices(value):
+    with pytest.raises(ConfigError, match=r"^model\.angle_bits = .*: it must be 32 or 16 or 8 or 6 or 4$"):
+        changed("model.angle_bits", value)
 
 
 @pytest.mark.parametrize("name", ["model.family", "model.form", "model.compute_dtype", "data.name", "model.variant"])

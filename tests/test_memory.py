@@ -1,30 +1,40 @@
 import dataclasses
-import time
+import json
 
 import jax
 import pytest
 
 from bvit_jax import components, memory, vit
-from bvit_jax.config import resolve
-from bvit_jax.model_config import ModelConfig
+from bvit_jax.config import Config, resolve
+from bvit_jax.storage import Storage
 from configs import paper
-from tests.conftest import KINDS, make_model
+from tests.conftest import KINDS, make_config
 
 # d_model 8, d_ff 16, 2 layers, 2 heads, 4 experts, 2 stages; images of 8 x 8 x 1 in 4 patches; 10 classes.
 SMALL = {"d_model": 8, "d_ff": 16, "num_heads": 2, "patch_size": 4, "num_experts": 4, "num_stages": 2, "top_k": 2}
 ledger = memory.ledger
 
 
-def small(family: str, form: str = "separate", **changes: object) -> ModelConfig:
-    return make_model(family=family, form=form, **SMALL | changes)
+def small(family: str, form: str = "separate", **changes: object) -> Config:
+    fields = {"family": family, "form": form} | SMALL | changes
+    return make_config(**{f"model__{name}": value for name, value in fields.items()})
 
 
-def paper_model(family: str, form: str = "tied") -> ModelConfig:
-    return resolve(paper.get_config(f"{family},64,{form}").to_dict()).model
+def paper_model(family: str, form: str = "tied") -> Config:
+    """The paper's setting, with angles and router in float32."""
+    config = paper.get_config(f"{family},64,{form}")
+    config.model.update({"angle_bits": 32, "router_precision": "float32"})
+    return resolve(config.to_dict())
 
 
-def rows_of(config: ModelConfig) -> dict[str, memory.Row]:
-    return {row.component: row for row in ledger(config).rows}
+def rows_of(config: Config, storage: Storage | None = None) -> dict[str, memory.Row]:
+    """The rows of all components but the header, which has tests of its own."""
+    return {row.component: row for row in ledger(config, storage).rows if row.component != "header"}
+
+
+def tensors_of(found: memory.Ledger) -> int:
+    """Bytes without the header, whose length hangs on how many digits the numbers in it have."""
+    return found.bytes_full - found.rows[-1].bytes_full
 
 
 def test_the_standard_mixture_in_the_papers_setting():
@@ -111,7 +121,8 @@ PAPER = {
 def test_every_tensor_of_a_small_model_by_hand(family, form):
     found = rows_of(small(family, form))
     expected = BACKBONE | FFN[family, form]
-    assert {name: row.params for name, row in found.items()} == expected
+    trained = {name: row.params for name, row in found.items() if name != "scales"}
+    assert trained == {name: number for name, number in expected.items() if name != "scales"}
     full = {name: 4 * number for name, number in expected.items()}
     if family == "butterfly":
         full["prototype"] = PACKED[form]
@@ -130,27 +141,38 @@ def test_the_whole_is_the_sum_of_its_components(family, form):
     assert found.bytes_full == sum(row.bytes_full for row in found.rows)
     assert found.bytes_paper == pytest.approx(sum(PAPER[family, form].values()))
     assert found.bytes_full_ffn == sum(rows[name].bytes_full for name in FFN[family, form])
-    assert found.bytes_full - found.bytes_full_ffn == 4 * sum(BACKBONE.values())
+    assert tensors_of(found) - found.bytes_full_ffn == 4 * sum(BACKBONE.values())
 
 
 @pytest.mark.parametrize(("family", "form"), KINDS)
 def test_the_ledger_counts_the_parameters_that_are_drawn(family, form, key):
     config = small(family, form, moe_layers="second")
-    params = vit.init_params(config, key)
+    params = vit.init_params(config.model, key)
     assert ledger(config).params == memory.count_params(params) == sum(p.size for p in jax.tree.leaves(params))
 
 
 def test_rows_come_in_the_order_of_the_components():
-    order = ["prototype", "scales", "angles", "router", "ffn_bias", "attention", "embeddings", "norms", "head"]
+    order = [
+        "prototype",
+        "scales",
+        "angles",
+        "router",
+        "ffn_bias",
+        "attention",
+        "embeddings",
+        "norms",
+        "head",
+        "header",
+    ]
     assert [row.component for row in ledger(small("butterfly")).rows] == order
-    assert set(order) - {"scales"} <= set(components.COMPONENTS)
+    assert set(order) - {"scales", "header"} <= set(components.COMPONENTS)
 
 
 def test_one_scale_a_tensor():
     config = small("butterfly", "separate", ternary_scale="tensor")
     by_row, by_tensor = ledger(small("butterfly")), ledger(config)
-    assert rows_of(config)["scales"].params == 2 * 2  # layers x prototypes
-    assert by_row.bytes_full - by_tensor.bytes_full == 4 * (2 * (16 + 8) - 4)
+    assert rows_of(config)["scales"].bytes_full == 4 * 2 * 2  # layers x prototypes
+    assert tensors_of(by_row) - tensors_of(by_tensor) == 4 * (2 * (16 + 8) - 4)
     assert (by_tensor.params, by_tensor.bytes_paper) == (by_row.params, by_row.bytes_paper)
 
 
@@ -170,11 +192,6 @@ def test_prototypes_are_packed_layer_by_layer():
     assert rows_of(small("butterfly", "tied", num_layers=3))["prototype"].bytes_full == 78
 
 
-@pytest.mark.parametrize(("trits", "expected"), [(0, 0), (1, 1), (5, 1), (6, 2), (128, 26), (262_144, 52_429)])
-def test_five_trits_a_byte(trits, expected):
-    assert memory.packed_bytes(trits) == expected
-
-
 @pytest.mark.parametrize(("form", "pairs"), [("separate", 2), ("tied", 1), ("reference", 1)])
 @pytest.mark.parametrize(
     ("d_model", "d_ff", "num_stages", "order", "angles"),
@@ -190,8 +207,8 @@ def test_bytes_grow_with_the_angles_and_the_router_alone(form, pairs, d_model, d
     few, more = (ledger(small("butterfly", form, num_experts=number, **changes)) for number in (5, 6))
     # One expert more: in each of 3 layers its angles, 4 bytes each, and in the full accounting its router column.
     assert more.bytes_paper - few.bytes_paper == pytest.approx(3 * 4 * pairs * angles)
-    assert more.bytes_full - few.bytes_full == 3 * 4 * (pairs * angles + d_model)
-    before, after = ({row.component: row for row in found.rows} for found in (few, more))
+    assert tensors_of(more) - tensors_of(few) == 3 * 4 * (pairs * angles + d_model)
+    before, after = ({row.component: row for row in found.rows[:-1]} for found in (few, more))
     grown = {name for name in after if after[name] != before[name]}
     assert grown == {"angles", "router"}
 
@@ -200,57 +217,118 @@ def test_a_standard_mixture_grows_by_whole_experts():
     few, more = (ledger(small("standard", num_experts=number)) for number in (5, 6))
     assert more.bytes_paper - few.bytes_paper == 2 * 2 * 128 * 4
     # Matrices, biases and a column of the router, in 2 layers.
-    assert more.bytes_full - few.bytes_full == 2 * 4 * (2 * 128 + 16 + 8 + 8)
+    assert tensors_of(more) - tensors_of(few) == 2 * 4 * (2 * 128 + 16 + 8 + 8)
 
 
 def test_the_standard_twin_has_the_same_shape_and_experts():
     config = small("butterfly", "tied", moe_layers="second", num_layers=3)
     twin = memory.standard_twin(config)
-    assert twin.family == "standard"
+    assert twin.model.family == "standard"
     for field in ("num_experts", "top_k", "moe_layers", "d_model", "d_ff", "num_layers", "patch_size", "num_classes"):
-        assert getattr(twin, field) == getattr(config, field)
-    assert twin == twin.canonical() == memory.standard_twin(dataclasses.replace(config, form="reference"))
+        assert getattr(twin.model, field) == getattr(config.model, field)
+    assert dataclasses.replace(twin, model=config.model) == config
+    assert twin.model == twin.model.canonical()
     assert memory.standard_twin(twin) == twin
+
+
+def test_compression_is_against_float32_whatever_the_model_is_trained_with():
+    config = small("butterfly", angle_bits=4, router_precision="int4")
+    assert memory.standard_ledger(config).bytes_full_ffn == ledger(small("standard")).bytes_full_ffn
 
 
 def test_the_twin_of_a_dense_model_has_one_expert():
     twin = memory.standard_twin(small("dense"))
-    assert twin.num_experts == 1
+    assert twin.model.num_experts == 1
     assert ledger(twin).bytes_paper == ledger(small("dense")).bytes_paper
 
 
-def test_the_curves_agree_with_the_ledger():
-    config = small("butterfly", "tied")
-    rows = memory.scaling(config, (1, 4))
-    kinds = [("standard", "-"), ("butterfly", "separate"), ("butterfly", "tied"), ("butterfly", "reference")]
-    places = [(*kind, number) for kind in kinds for number in (1, 4)]
-    assert [(row.family, row.form, row.num_experts) for row in rows] == places
-    for row in rows:
-        changes = {"num_experts": row.num_experts, "top_k": min(2, row.num_experts)}
-        own = ledger(small(row.family, row.form if row.form != "-" else "separate", **changes))
-        standard = ledger(small("standard", **changes))
-        assert (row.bytes_paper, row.bytes_full) == (own.bytes_paper, own.bytes_full)
-        assert row.bytes_full_ffn == own.bytes_full_ffn
-        assert row.compression_paper == pytest.approx(standard.bytes_paper / own.bytes_paper)
-        assert row.compression_full == pytest.approx(standard.bytes_full / own.bytes_full)
-        assert row.compression_full_ffn == pytest.approx(standard.bytes_full_ffn / own.bytes_full_ffn)
-        if row.family == "standard":
-            assert row.compression_paper == row.compression_full == row.compression_full_ffn == 1
+@pytest.mark.parametrize(("bits", "width"), [(32, 4 * 24), (16, 2 * 24), (8, 24), (6, 18), (4, 12)])
+def test_angles_by_bits(bits, width):
+    # 24 angles an expert and pair of rotations: 2 stages of 4 at d_model 8, 2 stages of 8 at d_ff 16. Rows of 8 and 16
+    # angles fill whole bytes at every number of bits: 8 x 6 / 8 = 6, 16 x 6 / 8 = 12.
+    row = rows_of(small("butterfly"), Storage(angle_bits=bits))["angles"]
+    assert row.bytes_full == 2 * 4 * 2 * width == row.bytes_paper  # layers x experts x (up, down)
+    assert rows_of(small("butterfly", angle_bits=bits))["angles"] == row
 
 
-def test_curves_reach_thousands_of_experts_at_once():
-    # 4,096 stored experts of this shape would be 60 GB: nothing may be made.
-    started = time.monotonic()
-    numbers = [1, 8, 64, 256, 4096]
-    rows = memory.scaling(paper_model("butterfly"), numbers)
-    assert time.monotonic() - started < 30
-    for family, form in {(row.family, row.form) for row in rows}:
-        line = [row for row in rows if (row.family, row.form) == (family, form)]
-        for field in ("bytes_paper", "bytes_full", "bytes_full_ffn"):
-            values = [getattr(row, field) for row in line]
-            assert values == sorted(set(values))
-    tied = {row.num_experts: row for row in rows if row.form == "tied"}
-    # Design section 2, one layer: 0.0927, 0.3795, 1.3625 and 21.02 MB.
-    for number, megabytes, ratio in ((8, 0.0927, 181), (64, 0.3795, 354), (256, 1.3625, 394), (4096, 21.02, 409)):
-        assert tied[number].bytes_paper / 7e6 == pytest.approx(megabytes, abs=5e-3 if number == 4096 else 5e-5)
-        assert tied[number].compression_paper == pytest.approx(ratio, abs=0.5)
+def test_rows_of_angles_that_do_not_fill_bytes_are_rounded_up_one_by_one():
+    # d_model 6 = 2 x 3, one stage: 3 angles; 3 x 6 bits = 18, so 3 bytes hold 4 codes. d_ff 10: 5 angles, two groups
+    # of 4, 6 bytes. The formula counts 8 angles x 6 / 8 = 6 bytes.
+    config = small("butterfly", "tied", d_model=6, d_ff=10, num_stages=1)
+    row = rows_of(config, Storage(angle_bits=6))["angles"]
+    assert row.bytes_full == 2 * 4 * (3 + 6)
+    assert row.bytes_paper == 2 * 4 * 6
+
+
+# Bytes of a matrix of 128 weights and of a channel's scale, and bits in the paper's formula.
+FORMATS = {
+    "float32": (512, 0, 32),
+    "bfloat16": (256, 0, 16),
+    "int8": (128, 4, 8),
+    "int4": (64, 4, 4),
+    "int2": (32, 4, 2),
+    "ternary": (26, 4, 1.58),
+}
+
+
+@pytest.mark.parametrize("experts", FORMATS)
+def test_stored_experts_by_format(experts):
+    matrix, scale, bits = FORMATS[experts]
+    rows = rows_of(small("standard"), Storage(experts=experts))
+    assert rows["experts"].bytes_full == 2 * 4 * 2 * matrix
+    assert rows["experts"].bytes_paper == pytest.approx(2 * 4 * 2 * 128 * bits / 8)
+    found = rows["scales"].bytes_full if "scales" in rows else 0
+    assert found == 2 * 4 * (16 + 8) * scale  # 16 channels out of the up matrix, 8 out of the down matrix
+    dense = rows_of(small("dense"), Storage(experts=experts))
+    assert dense["ffn"].bytes_full == 2 * 2 * matrix
+    projection = rows_of(small("butterfly", "reference"), Storage(experts=experts))
+    assert projection["projection"].bytes_full == 2 * matrix
+    assert projection["scales"].bytes_full == 2 * (16 * 4 + 8 * scale)  # the prototype's 16, the projection's 8
+
+
+@pytest.mark.parametrize(("router", "size"), [("float32", 128), ("bfloat16", 64), ("int8", 48), ("int4", 32)])
+def test_the_router_by_format(router, size):
+    # 8 x 4 weights; the integers' 4 scales, one an expert, are 16 bytes of the router's own.
+    assert rows_of(small("butterfly"), Storage(router=router))["router"].bytes_full == 2 * size
+    assert rows_of(small("standard", router_precision=router))["router"].bytes_full == 2 * size
+
+
+@pytest.mark.parametrize(("backbone", "number", "scale"), [("float32", 4, 0), ("bfloat16", 2, 0), ("int8", 1, 4)])
+def test_the_backbone_by_format(backbone, number, scale):
+    # Kernels: attention 2 x 4 x 64, patches 16 x 8, head 8 x 10. Scales: 8 a projection, 8, 10. The rest is float32.
+    rows = rows_of(small("butterfly"), Storage(backbone=backbone))
+    assert rows["attention"].bytes_full == 2 * 4 * (64 * number + 8 * scale + 8 * 4)
+    assert rows["embeddings"].bytes_full == 128 * number + 8 * scale + (8 + 8 + 40) * 4
+    assert rows["head"].bytes_full == 80 * number + 10 * scale + 10 * 4
+    assert rows["norms"].bytes_full == 4 * 80
+
+
+def test_two_bits_a_trit():
+    assert rows_of(small("butterfly", "tied"), Storage(trits="2bit"))["prototype"].bytes_full == 2 * 32
+
+
+def test_prototypes_that_are_not_ternary_are_floats():
+    rows = rows_of(small("butterfly", "tied", ternary_scale="none"))
+    assert rows["prototype"].bytes_full == rows["prototype"].bytes_paper == 2 * 512
+    assert "scales" not in rows
+
+
+def test_the_mixture_layers_of_the_papers_setting_all_counted():
+    # 939.52 MB over 354 is 2.654 MB. Seven layers of, `separate`: 2 x 52,429 of trits, (1024 + 256) x 4 of scales and
+    # as many of biases, 64 x 2 x 1,280 angles, 256 x 64 router weights; `tied`: half the trits and angles, 1024 scales.
+    separate = ledger(paper_model("butterfly", "separate"), Storage(angle_bits=8)).bytes_full_ffn
+    assert separate == 7 * (2 * 52_429 + 2 * 1280 * 4 + 64 * 2560 + 256 * 64 * 4) == 2_411_318 < 2_654_000
+    tied = ledger(paper_model("butterfly"), Storage(angle_bits=8, router="int8")).bytes_full_ffn
+    assert tied == 7 * (52_429 + (1024 + 1280) * 4 + 64 * 1280 + 256 * 64 + 64 * 4) == 1_121_435 < 1_320_000
+    smallest = ledger(paper_model("butterfly"), Storage(angle_bits=4, router="int8")).bytes_full_ffn
+    assert smallest == 7 * (52_429 + (1024 + 1280) * 4 + 64 * 640 + 256 * 64 + 64 * 4) == 834_715
+    assert smallest < 939_524_096 / 1000
+
+
+def test_the_header_states_its_own_size():
+    found = ledger(small("butterfly"))
+    assert found.rows[-1].component == "header"
+    stated = json.loads(memory.metadata(small("butterfly"), Storage(), found))["ledger"]
+    assert stated["components"][-1]["bytes_full"] == found.rows[-1].bytes_full
+    assert stated["bytes_full"] == found.bytes_full
+    assert stated == found.to_dict()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from bvit_jax import metrics
+from bvit_jax import files, metrics
 
 
 def events(directory: Path) -> list[Event]:
@@ -26,42 +26,42 @@ def scalars(directory: Path) -> list[tuple[str, int, float]]:
 
 def test_text_is_written_whole(tmp_path):
     path = tmp_path / "a.txt"
-    metrics.write_text(path, "first")
-    metrics.write_text(path, "second")
+    files.write_text(path, "first")
+    files.write_text(path, "second")
     assert path.read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    metrics.write_text(path, "old")
+    files.write_text(path, "old")
 
-    def torn(self: Path, text: str) -> None:
-        with self.open("w") as file:
-            file.write(text[:2])
+    def torn(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:2])
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", torn)
+        patch.setattr(Path, "write_bytes", torn)
         with pytest.raises(OSError, match="disk full"):
-            metrics.write_text(path, "new and longer")
+            files.write_text(path, "new and longer")
     assert path.read_text() == "old"
-    metrics.write_text(path, "newer")
+    files.write_text(path, "newer")
     assert path.read_text() == "newer"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_json_comes_back(tmp_path):
     content = {"a": [1, 2.5, None], "b": {"c": "é"}}
-    metrics.write_json(tmp_path / "a.json", content)
+    files.write_json(tmp_path / "a.json", content)
     assert json.loads((tmp_path / "a.json").read_text()) == content
     assert (tmp_path / "a.json").read_text().endswith("}\n")
 
 
 def test_what_is_no_json_leaves_the_old_file(tmp_path):
-    metrics.write_json(tmp_path / "a.json", [1])
+    files.write_json(tmp_path / "a.json", [1])
     with pytest.raises(TypeError):
-        metrics.write_json(tmp_path / "a.json", [object()])
+        files.write_json(tmp_path / "a.json", [object()])
     assert json.loads((tmp_path / "a.json").read_text()) == [1]
 
 

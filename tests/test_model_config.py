@@ -17,6 +17,8 @@ OTHER = {
     "num_stages": 3,
     "stride_order": "ascending",
     "ternary_scale": "tensor",
+    "angle_bits": 8,
+    "router_precision": "int8",
     "angle_init": 0.123,
     "router_noise": 0.123,
     "compute_dtype": "bfloat16",
@@ -29,8 +31,8 @@ OTHER = {
     "channels": 3,
     "num_classes": 7,
 }
-BUTTERFLY_ONLY = {"form", "num_stages", "stride_order", "ternary_scale", "angle_init"}
-MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise"}
+BUTTERFLY_ONLY = {"form", "num_stages", "stride_order", "ternary_scale", "angle_bits", "angle_init"}
+MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_precision"}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,9 @@ MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise"}
         ("family", "sparse", "dense or standard or butterfly"),
         ("form", "both", "separate or tied or reference"),
         ("stride_order", "random", "descending or ascending"),
-        ("ternary_scale", "column", "row or tensor"),
+        ("ternary_scale", "column", "row or tensor or none"),
+        ("angle_bits", 7, "32 or 16 or 8 or 6 or 4"),
+        ("router_precision", "int2", "float32 or bfloat16 or int8 or int4"),
         ("compute_dtype", "float16", "float32 or bfloat16"),
         ("num_experts", 0, "at least 1"),
         ("top_k", 0, "at least 1"),
@@ -47,6 +51,7 @@ MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise"}
         ("image_size", 0, "at least 1"),
         ("patch_size", 0, "at least 1"),
         ("num_layers", -1, "at least 1"),
+        ("num_layers", 513, "at most 512"),
         ("d_model", 0, "at least 1"),
         ("d_ff", 0, "at least 1"),
         ("num_heads", 0, "at least 1"),
@@ -173,3 +178,11 @@ def test_config_errors_are_value_errors():
 @pytest.mark.parametrize(("spelling", "expected"), [("0,1", "every"), ("1,0", "every"), ("1", "second"), ("0", "0")])
 def test_equal_mixture_layers_are_spelt_alike(spelling, expected):
     assert make_model(moe_layers=spelling).moe_layers == expected
+
+
+def test_a_deployed_model_rounds_nothing_and_is_otherwise_the_same():
+    model = dataclasses.replace(make_model(), ternary_scale="tensor", angle_bits=6, router_precision="int4")
+    deployed = model.deployed()
+    assert (deployed.ternary_scale, deployed.angle_bits, deployed.router_precision) == ("none", 32, "float32")
+    own = {"ternary_scale": "tensor", "angle_bits": 6, "router_precision": "int4"}
+    assert dataclasses.replace(deployed, **own) == model

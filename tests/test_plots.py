@@ -6,8 +6,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from bvit_jax import memory, plots, sweep
-from tests.conftest import make_config, make_model
+from bvit_jax import plots, scaling, sweep
+from bvit_jax.storage import Storage
+from tests.conftest import make_config
 
 NAMES = ["accuracy_vs_experts.png", "bytes_vs_experts.png", "accuracy_vs_bytes.png"]
 
@@ -101,10 +102,10 @@ def test_accuracies_are_in_per_cent_and_a_lone_seed_has_no_bar(summaries):
 
 
 def test_memory_curves(tmp_path):
-    rows = memory.scaling(make_model(), (1, 64))
-    path = plots.memory_plot(rows, "title", tmp_path / "deep" / "memory.png")
+    points = scaling.points(make_config(), scaling.all_variants(Storage()), (1, 64))
+    path = plots.memory_plot(points, "title", tmp_path / "deep" / "memory.png")
     assert path == tmp_path / "deep" / "memory.png"
     picture = check_picture(path)
     assert all(has_colour(picture, colour) for colour in plots._COLOURS[:4])
-    other = plots.memory_plot(rows, "another", tmp_path / "other.png")
+    other = plots.memory_plot(points, "another", tmp_path / "other.png")
     assert other.read_bytes() != path.read_bytes()

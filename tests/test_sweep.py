@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import math
 from pathlib import Path
@@ -6,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bvit_jax import memory, metrics, sweep
+from bvit_jax import files, memory, sweep
 from bvit_jax.config import resolve
 from bvit_jax.model_config import ConfigError
 from configs import digits
@@ -38,7 +39,7 @@ def finish(trial: sweep.Trial, accuracy: float, **changes: object) -> sweep.Tria
         "timing": {"images_per_second": 1000 * accuracy, "wall_seconds": 12.5},
     }
     trial.directory.mkdir(parents=True)
-    metrics.write_json(trial.directory / "result.json", result | changes)
+    files.write_json(trial.directory / "result.json", result | changes)
     return trial
 
 
@@ -132,7 +133,7 @@ def test_a_bad_grid_is_reported_before_anything_is_written(tmp_path, grid, messa
 def test_the_row_of_a_finished_trial(tmp_path):
     trial = finish(make_trial(tmp_path / "t", "butterfly,4,tied", "a=1", seed=3), 0.75)
     row = sweep.result_row(trial)
-    own, standard = memory.ledger(trial.config.model), memory.ledger(make_config("standard,4").model)
+    own, standard = memory.ledger(trial.config), memory.ledger(make_config("standard,4"))
     assert row == sweep.ResultRow(
         family="butterfly",
         num_experts=4,
@@ -172,7 +173,7 @@ def test_the_row_of_a_failed_trial(tmp_path):
     assert (row.status, row.error) == ("failed", "ValueError: loss is nan")
     assert (row.test_accuracy, row.val_accuracy, row.test_nll) == (None, None, None)
     assert (row.images_per_second, row.wall_seconds) == (None, None)
-    assert row.params == memory.ledger(trial.config.model).params
+    assert row.params == memory.ledger(trial.config).params
 
 
 def test_a_failure_without_words_is_still_a_failure(tmp_path):
@@ -226,7 +227,7 @@ def test_the_table_starts_with_the_agreed_columns(tmp_path):
         sweep.result_row(finish(make_trial(tmp_path / "a", settings='x=1, "two"'), 0.5)),
         sweep.result_row(make_trial(tmp_path / "b", "dense,4", seed=1)),
     ]
-    text = sweep.to_csv(rows)
+    text = files.to_csv([dataclasses.asdict(row) for row in rows])
     assert text.splitlines()[0].startswith(HEADER + ",")
     first, second = csv.DictReader(io.StringIO(text))
     assert (first["family"], first["test_accuracy"], first["wall_seconds"]) == ("butterfly", "0.5", "12.5")

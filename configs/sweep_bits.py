@@ -1,0 +1,29 @@
+"""How few bits do angles and router need? Digits, 64 experts, trained through the same rounding as the exported file.
+
+Command:   python -m experiments.sweep --config=configs/sweep_bits.py
+Hardware:  2 CPU cores
+Time:      not yet run
+Result:    not yet run
+"""
+
+import ml_collections
+
+from configs import digits, sweep_digits
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the sweep; sections as in `configs.sweep_digits`."""
+    config = sweep_digits.get_config()
+    config.base = digits.get_config("butterfly,64")
+    config.grid = ml_collections.ConfigDict(
+        {
+            "seed": (0, 1, 2, 3, 4),
+            "model": {
+                "family": ("standard", "butterfly"),
+                "form": ("separate", "tied"),
+                "angle_bits": (32, 8, 6, 4),
+                "router_precision": ("float32", "int8", "int4"),
+            },
+        }
+    )
+    return config

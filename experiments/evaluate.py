@@ -1,0 +1,163 @@
+"""Accuracy of an exported file or of trained runs on one split of their data.
+
+    python -m experiments.evaluate --model=model.safetensors
+    python -m experiments.evaluate --workdir=runs/digits
+    python -m experiments.evaluate --workdir=runs/digits --angle_bits=32,16,8,6,4 --out=runs/bits
+
+With formats named (--angle_bits, --router, ...), a run is packed in memory each way and scored as the exported file
+would be; several runs (--workdir=A,B,C) give a row each and their mean.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from bvit_jax import checkpoints, data, evaluate, files, memory, packed, packed_file, packing, precision, sharding
+from bvit_jax.config import Config, DataConfig
+from bvit_jax.model_config import ConfigError, require
+from bvit_jax.storage import Storage
+from experiments import entry, storage_flags, tables
+
+SPLITS = ("test", "validation", "train")
+_MODEL = flags.DEFINE_string("model", None, "A packed file, as experiments.export writes it.")
+_WORKDIR = flags.DEFINE_list("workdir", [], "Directories of runs of experiments.train, comma between.")
+_SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Which images.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
+_ANGLE_BITS = flags.DEFINE_list("angle_bits", [], "Bits an angle, comma between: score the runs packed in each way.")
+_EXPERTS = flags.DEFINE_enum("experts", None, precision.PRECISIONS, "Format of stored experts and dense FFNs.")
+_OUT = flags.DEFINE_string("out", None, "A directory for evaluation.csv and evaluation.json.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One line of the result.
+
+    Attributes:
+        source: the file or the run.
+        numbers: how its numbers are kept.
+        bytes_full: of the file that holds them.
+        bytes_full_ffn: of its mixture layers.
+        accuracy, nll, count: as in `evaluate.Evaluation`.
+    """
+
+    source: str
+    numbers: str
+    bytes_full: int
+    bytes_full_ffn: int
+    accuracy: float
+    nll: float
+    count: int
+
+
+def main(argv: Sequence[str]) -> None:
+    """Scores what the flags name and prints a line each."""
+    del argv
+    given = (_MODEL.value is not None) + bool(_WORKDIR.value)
+    require(given == 1, "model, workdir", (_MODEL.value, _WORKDIR.value), "given, exactly one of them")
+    bits = [_bits(text) for text in _ANGLE_BITS.value]
+    repack = bool(bits or _EXPERTS.value or storage_flags.any_given())
+    require(not (repack and _MODEL.value), "model", _MODEL.value, "without formats: the file has its own")
+    out = None if _OUT.value is None else entry.make_directory("out", _OUT.value)
+    rows = [_file(Path(_MODEL.value))] if _MODEL.value else _runs(bits, repack)
+    content = [dataclasses.asdict(row) for row in rows]
+    if out is not None:
+        files.write_text(out / "evaluation.csv", files.to_csv(content))
+        files.write_json(out / "evaluation.json", content)
+    if _JSON.value:
+        print(json.dumps(content, indent=2))
+        return
+    _show(rows)
+    if out is not None:
+        print(f"results: {out / 'evaluation.csv'}, {out / 'evaluation.json'}")
+
+
+def _bits(text: str) -> packing.AngleBits:
+    found: Any = int(text) if text.strip().isdigit() else text
+    require(found in packing.ANGLE_BITS, "angle_bits", text, " or ".join(map(str, packing.ANGLE_BITS)))
+    return found
+
+
+def _file(path: Path) -> Scored:
+    model = packed.load(path)
+    return _score(model, path.name, _split(model.config.data))
+
+
+def _runs(bits: Sequence[packing.AngleBits], repack: bool) -> list[Scored]:
+    rows = []
+    splits: dict[DataConfig, data.Split] = {}
+    for name in tqdm(_WORKDIR.value, unit="run", disable=None if len(_WORKDIR.value) > 1 else True, leave=False):
+        config, _, params = checkpoints.best_params(Path(name))
+        split = splits.setdefault(config.data, _split(config.data))
+        if not repack:
+            rows.append(_trained(name, config, params, split))
+            continue
+        formats = storage_flags.rest(config.model)
+        experts: Any = _EXPERTS.value or formats.experts
+        formats = dataclasses.replace(formats, experts=experts)
+        for number in bits or [config.model.angle_bits]:
+            model = _packed(config, params, dataclasses.replace(formats, angle_bits=number))
+            rows.append(_score(model, name, split))
+    return rows
+
+
+def _split(config: DataConfig) -> data.Split:
+    return getattr(data.load(config), _SPLIT.value)
+
+
+def _packed(config: Config, params: Any, storage: Storage) -> packed.PackedModel:
+    try:
+        return packed.PackedModel(packed_file.unpack(packed_file.pack(params, config, storage)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _score(model: packed.PackedModel, source: str, split: data.Split) -> Scored:
+    found = evaluate.from_logits(model(split.images, _BATCH_SIZE.value), split.labels)
+    numbers = _numbers(model.storage, model.config.model.family)
+    sizes = model.ledger
+    return Scored(source, numbers, sizes.bytes_full, sizes.bytes_full_ffn, found.accuracy, found.nll, found.count)
+
+
+def _numbers(storage: Storage, family: str) -> str:
+    first = f"{storage.angle_bits}-bit angles" if family == "butterfly" else f"experts {storage.experts}"
+    parts = [first, f"router {storage.router}"]
+    parts += [f"backbone {storage.backbone}"] if storage.backbone != "float32" else []
+    return ", ".join(parts)
+
+
+def _trained(source: str, config: Config, params: Any, split: data.Split) -> Scored:
+    """Scores a run by the forward pass that it was trained with."""
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    found = evaluate.evaluate(params, config.model, split, _BATCH_SIZE.value, mesh)
+    sizes = memory.ledger(config)
+    return Scored(source, "as trained", sizes.bytes_full, sizes.bytes_full_ffn, found.accuracy, found.nll, found.count)
+
+
+def _show(rows: Sequence[Scored]) -> None:
+    made = tables.table("numbers", "file bytes", "FFN bytes", f"{_SPLIT.value} %", "nll", "images")
+    for row in rows:
+        cells = (row.numbers, f"{row.bytes_full:,}", f"{row.bytes_full_ffn:,}", f"{100 * row.accuracy:.2f}")
+        made.add_row(row.source, *cells, f"{row.nll:.4f}", str(row.count))
+    groups: dict[str, list[Scored]] = {}
+    for row in rows:
+        groups.setdefault(row.numbers, []).append(row)
+    if len(_WORKDIR.value) > 1:
+        made.add_section()
+        for numbers, group in groups.items():
+            accuracies = 100 * np.array([row.accuracy for row in group])
+            mean = f"{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f}"
+            nll = f"{np.mean([row.nll for row in group]):.4f}"
+            made.add_row(f"mean of {len(group)} runs", numbers, "", "", mean, nll, "")
+    tables.show(made)
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,41 @@
+"""Tables on the terminal."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+from bvit_jax.scaling import Growth, Point
+
+
+def table(*headers: str) -> Table:
+    """Makes a table of a column of names and right-aligned ones of numbers."""
+    made = Table(Column("", no_wrap=True), box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for header in headers:
+        made.add_column(header, justify="right", no_wrap=True)
+    return made
+
+
+def show(made: Table) -> None:
+    """Prints a table, never squeezed to less than it needs."""
+    Console(width=max(Console().width, 110)).print(made)
+
+
+def memory_table(points: Sequence[Point], found: Sequence[Growth] = ()) -> Table:
+    """Shows bytes in MB and compression of each variant at one number of experts, and the exponent of its growth."""
+    exponents = {g.variant: f"{g.exponent:.2f}" for g in found}
+    made = table("paper", "x", "FFN", "x", "file", "x", *(["E^"] if found else []))
+    for point in points:
+        row = point.totals()
+        cells = []
+        for accounting in ("paper", "full_ffn", "full"):
+            cells += [megabytes(row[f"bytes_{accounting}"]), f"{row[f'compression_{accounting}']:.1f}"]
+        made.add_row(point.variant.name, *cells, exponents.get(point.variant, ""))
+    return made
+
+
+def megabytes(number: float) -> str:
+    """Formats bytes as decimal MB to four figures, two decimals at most for large ones."""
+    figure = number / 1e6
+    return f"{figure:.2f}" if figure >= 100 else f"{figure:.3f}"
