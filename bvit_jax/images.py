@@ -62,7 +62,10 @@ def _picture(path: Path, image: Image.Image, model: ModelConfig) -> Loaded:
     if image.size != (side, side):
         width, height = image.size
         note = f"resized from {width}x{height}" if width == height else f"cut and resized from {width}x{height}"
-        image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+        # Cut before resizing, so that nothing from outside the square bleeds in.
+        left, top = (width - min(image.size)) // 2, (height - min(image.size)) // 2
+        square = image.crop((left, top, left + min(image.size), top + min(image.size)))
+        image = square.resize((side, side), Image.Resampling.BILINEAR)
     pixels = np.asarray(image, np.float32) / 255
     return Loaded(str(path), pixels.reshape(side, side, model.channels), note)
 

@@ -137,8 +137,9 @@ def _text(raw: bytes) -> str:
 
 
 def _metadata(raw: bytes) -> dict[str, Any]:
+    text = _text(raw)
     try:
-        content = json.loads(_text(raw))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PackedFileError(f"damaged: its metadata cannot be read ({_gist(error)})") from None
     if not (isinstance(content, dict) and "version" in content):

@@ -1,7 +1,8 @@
 """The shape in which the ButterflyViT paper reports its memory: 7 mixture layers, d_model 256, d_ff 1024, 64 experts.
 
-The images are procedural, of the size and number of classes of CIFAR-100, to run the shape end to end; for the memory
-figures no image is needed (`python -m experiments.sweep` draws them).
+Angles and router are trained through the rounding of the exported file, 8 bits each. The images are procedural, of the
+size and number of classes of CIFAR-100, to run the shape end to end; the memory figures need none
+(`python -m experiments.memory --config=configs/paper.py --out=runs/memory`).
 
 Command:   python -m experiments.train --config=configs/paper.py --workdir=runs/paper
 Hardware:  not yet run
@@ -41,6 +42,8 @@ def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict
     config.model.family = family
     config.model.num_experts = experts
     config.model.form = form
+    config.model.angle_bits = 8
+    config.model.router_precision = "int8"
     config.optimizer.learning_rate = 6e-4
     config.optimizer.weight_decay = 0.06
     config.optimizer.warmup_steps = 1000

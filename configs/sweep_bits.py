@@ -17,12 +17,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.base = digits.get_config("butterfly,64")
     config.grid = ml_collections.ConfigDict(
         {
-            "seed": (0, 1, 2, 3, 4),
+            "seed": tuple(range(10)),
             "model": {
                 "family": ("standard", "butterfly"),
                 "form": ("separate", "tied"),
                 "angle_bits": (32, 8, 6, 4),
-                "router_precision": ("float32", "int8", "int4"),
+                "router_precision": ("float32", "int8"),
             },
         }
     )

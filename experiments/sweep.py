@@ -95,7 +95,7 @@ def _write_tables(trials: Sequence[sweep.Trial], workdir: Path) -> list[sweep.Su
 
 def _draw_memory(base: config.Config, workdir: Path) -> None:
     """Counts the memory_base model from 1 to 4096 experts, from shapes alone, and shows the 64-expert figures."""
-    points = memory_report.write(base, storage.Storage(), MEMORY_EXPERTS, workdir)
+    points = memory_report.write(base, storage.Storage(router=base.model.router_precision), MEMORY_EXPERTS, workdir)
     shown = [p for p in points if p.num_experts == 64 and p.variant.numbers in ("float32", *SHOWN_ANGLES)]
     print(f"{memory_report.describe(base)}, 64 experts, counted from shapes (all: {workdir / 'memory_totals.csv'}):")
     tables.show(tables.memory_table(shown))

@@ -18,8 +18,9 @@ def table(*headers: str) -> Table:
 
 
 def show(made: Table) -> None:
-    """Prints a table, never squeezed to less than it needs."""
-    Console(width=max(Console().width, 110)).print(made)
+    """Prints a table at the width that it needs, however narrow the terminal: nothing is left out."""
+    needed = Console(width=10_000).measure(made).maximum
+    Console(width=max(Console().width, needed)).print(made)
 
 
 def memory_table(points: Sequence[Point], found: Sequence[Growth] = ()) -> Table:

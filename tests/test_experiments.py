@@ -76,10 +76,10 @@ def test_a_config_without_a_sweep_is_refused(tmp_path):
 
 
 def test_help_says_how_to_start():
-    for name in ("train", "sweep"):
+    for name in ("train", "sweep", "export", "evaluate", "predict", "memory"):
         shown = start(f"experiments.{name}", "--help").stdout
         assert f"python -m experiments.{name}" in shown
-        assert "--workdir" in shown
+        assert "--workdir" in shown or "--model" in shown or "--out" in shown
 
 
 def children_of(pid: int) -> list[int]:
