@@ -1,7 +1,10 @@
-"""The memory report of one model: tables and a picture of bytes against experts.
+"""The memory report of one model: tables and a picture of bytes against experts, devices, energy.
 
-memory.csv          a row per variant, number of experts and component   plots/memory_vs_experts.png
-memory_totals.csv   a row per variant and number of experts              memory.json  both, nested, and the growth
+- `memory.csv`: a row per variant, number of experts and component.
+- `memory_totals.csv`: a row per variant and number of experts.
+- `memory.json`: both, nested, and the growth; `plots/memory_vs_experts.png`: the picture.
+- `devices.csv`, `devices.json`: a row per device and variant, the experts that fit.
+- `energy.csv`, `energy.json`: a row per variant and number of images, a model of the energy of a step.
 """
 
 import dataclasses
@@ -9,12 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bvit_jax import files, plots, scaling
+from bvit_jax import devices, energy, files, plots, scaling
 from bvit_jax.config import Config
-from bvit_jax.scaling import Growth, Point
+from bvit_jax.devices import Fit
+from bvit_jax.energy import Comparison
+from bvit_jax.model_config import Form
+from bvit_jax.precision import Precision
+from bvit_jax.scaling import Growth, Point, Variant
 from bvit_jax.storage import Storage
 
-OUTPUTS = ("memory.csv", "memory_totals.csv", "memory.json", "plots")
+STANDARD_FORMATS: tuple[Precision, ...] = ("float32", "int8", "ternary")
+FORMS: tuple[Form, ...] = ("separate", "tied")
+OUTPUTS = ("memory.csv", "memory_totals.csv", "memory.json", "plots", "devices.csv", "energy.csv")
 
 
 def write(config: Config, rest: Storage, experts: Sequence[int], directory: Path) -> list[Point]:
@@ -38,6 +47,27 @@ def write(config: Config, rest: Storage, experts: Sequence[int], directory: Path
     files.write_json(directory / "memory.json", content)
     plots.memory_plot(points, describe(config), directory / "plots" / "memory_vs_experts.png")
     return points
+
+
+def write_devices(config: Config, rest: Storage, directory: Path) -> list[Fit]:
+    """Counts the experts that fit into each device; arguments as in `write`."""
+    rows = devices.fits(config, _few_variants(rest))
+    sources = {device.name: {"source": device.source, "note": device.note} for device in devices.DEVICES}
+    files.write_rows(directory / "devices.csv", [dataclasses.asdict(row) | sources[row.device] for row in rows])
+    return rows
+
+
+def write_energy(config: Config, rest: Storage, images: Sequence[int], directory: Path) -> list[Comparison]:
+    """Models the energy of steps of so many images; arguments as in `write`."""
+    rows = [row for number in images for row in energy.compare(config, _few_variants(rest), number)]
+    files.write_rows(directory / "energy.csv", [dataclasses.asdict(row) for row in rows])
+    return rows
+
+
+def _few_variants(rest: Storage) -> list[Variant]:
+    """Lists standard mixtures and butterflies in the formats that are likely to be deployed."""
+    standard = [Variant("standard", "separate", dataclasses.replace(rest, experts=e)) for e in STANDARD_FORMATS]
+    return standard + [Variant("butterfly", form, dataclasses.replace(rest, angle_bits=8)) for form in FORMS]
 
 
 def describe(config: Config) -> str:

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
+from rich.table import Table
 
-from bvit_jax import config, memory_report, scaling
+from bvit_jax import config, devices, energy, memory_report, scaling
 from bvit_jax.model_config import require
 from experiments import entry, storage_flags, tables
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/paper.py.")
 _EXPERTS = flags.DEFINE_list("experts", [str(2**power) for power in range(13)], "Numbers of experts, comma between.")
 _OUT = flags.DEFINE_string("out", None, "The directory to write to; made if absent.")
+IMAGES = (1, 128)
+"""Images a step, for the energy."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,7 +37,36 @@ def main(argv: Sequence[str]) -> None:
     print("MB are 10^6 bytes. paper: the paper's formula; FFN: mixture layers, every byte; file: the whole file;")
     print("x: bytes of the float32 standard mixture over it; E^: exponent of the growth of FFN with the experts.")
     tables.show(tables.memory_table(listed, scaling.growth(points)))
-    print(f"report: {out / 'memory.csv'}, {out / 'memory_totals.csv'}, {out / 'memory.json'}, {out / 'plots'}")
+    print(f"Most experts whose file fits the flash and whose activations fit the RAM, backbone {rest.backbone}:")
+    tables.show(_devices(memory_report.write_devices(resolved, rest, out)))
+    of_shown = scaling.with_experts(resolved, points[-1].variant, shown)
+    print(f"Energy of a step in the mixture layers, {shown} experts: a model, not a measurement (bvit_jax/energy.py).")
+    print("Saving against the float32 standard mixture: in all; fused, rotations moving nothing; of weights alone.")
+    print(f"The paper reports {100 * energy.PAPER_SAVING:.1f} %, by a model that is not public.")
+    tables.show(_energies(memory_report.write_energy(of_shown, rest, IMAGES, out)))
+    print(f"report: {', '.join(memory_report.OUTPUTS)} in {out}")
+
+
+def _devices(rows: Sequence[devices.Fit]) -> Table:
+    made = tables.table(*dict.fromkeys(row.variant for row in rows))
+    for device in devices.DEVICES:
+        made.add_row(device.name, *[_count(row) for row in rows if row.device == device.name])
+    return made
+
+
+def _count(row: devices.Fit) -> str:
+    return f"{row.num_experts:,}" + ("+" if row.bound == "limit" else "")
+
+
+def _energies(rows: Sequence[energy.Comparison]) -> Table:
+    made = tables.table(*[text for n in IMAGES for text in (f"{n} im. mJ", "saving %", "fused %", "weights %")])
+    for variant in dict.fromkeys(row.variant for row in rows):
+        cells = []
+        for row in (row for row in rows if row.variant == variant):
+            savings = (row.saving, row.saving_fused, row.saving_weights)
+            cells += [f"{row.total / 1e9:,.2f}", *[f"{100 * saving:.2f}" for saving in savings]]
+        made.add_row(variant, *cells)
+    return made
 
 
 def _numbers(listed: Sequence[str]) -> tuple[int, ...]:
