@@ -10,6 +10,7 @@ would be; several runs (--workdir=A,B,C) give a row each and their mean.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,9 @@ def _bits(text: str) -> packing.AngleBits:
 
 def _file(path: Path) -> Scored:
     model = packed.load(path)
-    return _score(model, path.name, _split(model.config.data))
+    scored = _score(model, path.name, _split(model.config.data))
+    print(tables.memory_line(model.memory(_BATCH_SIZE.value)), file=sys.stderr)
+    return scored
 
 
 def _runs(bits: Sequence[packing.AngleBits], repack: bool) -> list[Scored]:

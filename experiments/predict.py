@@ -31,21 +31,18 @@ def main(argv: Sequence[str]) -> None:
     require(bool(paths), "IMAGE", "", "one file or more: PNG, JPEG or .npy")
     model = packed.load(str(_MODEL.value))
     loaded = [image for path in paths for image in images.load(Path(path), model.config.model)]
-    starts = range(0, len(loaded), _BATCH_SIZE.value)
+    require(bool(loaded), "IMAGE", " ".join(paths), "files that hold an image")
+    size = min(_BATCH_SIZE.value, len(loaded))
+    starts = range(0, len(loaded), size)
     bar = tqdm(starts, unit="batch", disable=None if len(starts) > 1 else True, leave=False)
-    chunks = [np.stack([image.pixels for image in loaded[start : start + _BATCH_SIZE.value]]) for start in bar]
-    probabilities = np.concatenate([model.probabilities(chunk, _BATCH_SIZE.value) for chunk in chunks])
+    chunks = [np.stack([image.pixels for image in loaded[start : start + size]]) for start in bar]
+    probabilities = np.concatenate([model.probabilities(chunk, size) for chunk in chunks])
     if _JSON.value:
         rows = [_row(image, found) for image, found in zip(loaded, probabilities, strict=True)]
         print(json.dumps(rows, indent=2))
         return
     _show(loaded, probabilities)
-    use = model.memory(min(_BATCH_SIZE.value, len(loaded)))
-    print(
-        f"peak memory {use.peak / 1e6:.3f} MB: packed model {use.packed / 1e6:.3f}, working {use.working / 1e6:.3f}, "
-        f"images {use.images / 1e6:.3f}",
-        file=sys.stderr,
-    )
+    print(tables.memory_line(model.memory(size)), file=sys.stderr)
 
 
 def _row(image: Loaded, found: np.ndarray) -> dict[str, object]:

@@ -1,11 +1,14 @@
 """Tables on the terminal."""
 
+import resource
+import sys
 from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from bvit_jax.packed import MemoryUse
 from bvit_jax.scaling import Growth, Point
 
 
@@ -34,6 +37,15 @@ def memory_table(points: Sequence[Point], found: Sequence[Growth] = ()) -> Table
             cells += [megabytes(row[f"bytes_{accounting}"]), f"{row[f'compression_{accounting}']:.1f}"]
         made.add_row(point.variant.name, *cells, exponents.get(point.variant, ""))
     return made
+
+
+def memory_line(use: MemoryUse) -> str:
+    """Says what a call took by the compiler's account, and the whole process by the system's."""
+    unit = 1024 if sys.platform == "linux" else 1  # of ru_maxrss, in bytes
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    parts = {"packed model": use.packed, "working": use.working, "images": use.images}
+    listed = ", ".join(f"{name} {megabytes(number)}" for name, number in parts.items())
+    return f"peak memory {megabytes(use.peak)} MB: {listed}; the process with Python and JAX: {megabytes(process)} MB"
 
 
 def megabytes(number: float) -> str:
