@@ -32,7 +32,7 @@ _WORKDIR = flags.DEFINE_list("workdir", [], "Directories of runs of experiments.
 _SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Which images.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
 _ANGLE_BITS = flags.DEFINE_list("angle_bits", [], "Bits an angle, comma between: score the runs packed in each way.")
-_EXPERTS = flags.DEFINE_enum("experts", None, precision.PRECISIONS, "Format of stored experts and dense FFNs.")
+_EXPERTS = flags.DEFINE_enum("experts_format", None, precision.PRECISIONS, "Format of stored experts and dense FFNs.")
 _OUT = flags.DEFINE_string("out", None, "A directory for evaluation.csv and evaluation.json.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 

@@ -26,7 +26,10 @@ _ANGLE_BITS = flags.DEFINE_enum(
     "angle_bits", None, [str(bits) for bits in packing.ANGLE_BITS], "Bits an angle; as trained if left out."
 )
 _EXPERTS = flags.DEFINE_enum(
-    "experts", "float32", precision.PRECISIONS, "Format of stored experts, dense FFNs and the reference projection."
+    "experts_format",
+    "float32",
+    precision.PRECISIONS,
+    "Format of stored experts, dense FFNs and the reference projection.",
 )
 
 CHECK_IMAGES = 16
