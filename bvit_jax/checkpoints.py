@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from bvit_jax import workdir as workdirs
 from bvit_jax.config import Config, from_dict
 from bvit_jax.model_config import ConfigError
 from bvit_jax.train_step import TrainState, init_state
@@ -88,7 +89,7 @@ def best_params(workdir: Path) -> tuple[Config, int, Any]:
         The run's configuration, the step of the checkpoint, and the parameters.
 
     Raises:
-        ConfigError: if the directory is no run's, or holds no checkpoint.
+        ConfigError: if the directory is no run's, holds no checkpoint, one of another configuration, or a damaged one.
     """
     name = f"workdir = {str(workdir)!r}"
     try:
@@ -115,7 +116,17 @@ def _best(directory: Path, config: Config, name: str) -> tuple[int, Any]:
             raise ConfigError(f"{name}: it holds no checkpoint yet")
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         state = jax.eval_shape(lambda: init_state(config))
-        return step, checkpoints.restore(step, abstract_state(state, place)).params
+        try:
+            differing = workdirs.differences(checkpoints.config(step), config.to_dict())
+            if differing:
+                raise ConfigError(
+                    f"{name}: config.json and the checkpoint of step {step} differ: {'; '.join(differing)}"
+                )
+            return step, checkpoints.restore(step, abstract_state(state, place)).params
+        except ConfigError:
+            raise
+        except Exception as error:  # orbax raises what it likes, bare Exception included
+            raise ConfigError(f"{name}: the checkpoint of step {step} cannot be read: {str(error)[:200]}") from None
 
 
 def abstract_state(state: TrainState, placement: jax.sharding.Sharding) -> TrainState:

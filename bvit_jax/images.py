@@ -1,7 +1,8 @@
 """Images from files, made to fit a model.
 
-PNG, JPEG and whatever else Pillow reads are turned upright, converted to grey or RGB as the model has 1 or 3 channels,
-cut to a square in the middle and resized to the model's size. Arrays (.npy) are taken as they are: (H, W), (H, W, c) or
+PNG, JPEG and whatever else Pillow reads with 8 or 16 bits a channel are turned upright, laid over white where they are
+transparent, converted to grey or RGB as the model has 1 or 3 channels, cut to a square in the middle and resized to the
+model's size. Arrays (.npy) are taken as they are: (H, W), (H, W, c) or
 (n, H, W, c) of the model's size, uint8 from 0 to 255 or floating from 0 to 1.
 
 Axes: n images, H and W pixels, c channels.
@@ -54,20 +55,28 @@ def _picture(path: Path, image: Image.Image, model: ModelConfig) -> Loaded:
     if model.channels not in (1, 3):
         raise ConfigError(f"image {str(path)!r}: this model has {model.channels} channels; it must be a .npy file")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion would clip
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    note = []
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ConfigError(
+            f"image {str(path)!r}: its pixels have 32 bits, of unknown range; save it as .npy from 0 to 1"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        note.append("laid over white")
     image = image.convert("L" if model.channels == 1 else "RGB")
     side = model.image_size
-    note = ""
     if image.size != (side, side):
         width, height = image.size
-        note = f"resized from {width}x{height}" if width == height else f"cut and resized from {width}x{height}"
+        note.append(f"{'' if width == height else 'cut and '}resized from {width}x{height}")
         # Cut before resizing, so that nothing from outside the square bleeds in.
         left, top = (width - min(image.size)) // 2, (height - min(image.size)) // 2
         square = image.crop((left, top, left + min(image.size), top + min(image.size)))
         image = square.resize((side, side), Image.Resampling.BILINEAR)
     pixels = np.asarray(image, np.float32) / 255
-    return Loaded(str(path), pixels.reshape(side, side, model.channels), note)
+    return Loaded(str(path), pixels.reshape(side, side, model.channels), ", ".join(note))
 
 
 def _arrays(path: Path, array: np.ndarray, model: ModelConfig) -> list[Loaded]:

@@ -11,18 +11,17 @@ Two accountings stand side by side:
 import dataclasses
 import functools
 import math
+import re
 from typing import Any
 
 import jax
 
 from bvit_jax import components, file_format
 from bvit_jax.config import Config
+from bvit_jax.model_config import ModelConfig
 from bvit_jax.precision import PAPER_BITS
 from bvit_jax.storage import Storage, StoredParam, as_trained, layout
 
-_MIXTURE: frozenset[str] = frozenset(
-    {"prototype", "scales", "angles", "router", "experts", "ffn", "projection", "ffn_bias"}
-)
 _MATRICES: frozenset[str] = frozenset({"prototype", "experts", "ffn", "projection"})
 """Components whose scales stand in a row of their own; elsewhere they count as the component's."""
 
@@ -50,9 +49,12 @@ class Ledger:
 
     Attributes:
         rows: one per component that the model has.
+        bytes_full_ffn: bytes of the mixture layers' tensors, all counted: matrices, scales, angles, router, biases; of
+            a dense model, which has none, those of its FFNs.
     """
 
     rows: tuple[Row, ...]
+    bytes_full_ffn: int
 
     @property
     def params(self) -> int:
@@ -68,11 +70,6 @@ class Ledger:
     def bytes_full(self) -> int:
         """Bytes of the exported file."""
         return sum(row.bytes_full for row in self.rows)
-
-    @property
-    def bytes_full_ffn(self) -> int:
-        """Bytes of the feed-forward layers' tensors, all counted: matrices, scales, angles, router, biases."""
-        return sum(row.bytes_full for row in self.rows if row.component in _MIXTURE)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, ready for JSON: the rows and their sums."""
@@ -126,13 +123,21 @@ def _add(rows: dict[str, Row], row: Row) -> None:
 def _with_header(rows: tuple[Row, ...], params: tuple[StoredParam, ...], config: Config, storage: Storage) -> Ledger:
     """Adds the header's row. The header states its own size, so the size is raised until it is the one stated."""
     tensors = [tensor for stored in params for tensor in stored.tensors]
+    of_mixtures = [stored for stored in params if in_mixture(stored, config.model)]
+    bytes_full_ffn = sum(tensor.nbytes for stored in of_mixtures for tensor in stored.tensors)
     size = 0
     while True:
-        found = Ledger((*rows, Row("header", 0, 0.0, size)))
+        found = Ledger((*rows, Row("header", 0, 0.0, size)), bytes_full_ffn)
         needed = file_format.header_bytes(tensors, metadata(config, storage, found))
         if needed == size:
             return found
         size = needed
+
+
+def in_mixture(stored: StoredParam, model: ModelConfig) -> bool:
+    """Whether a parameter belongs to a mixture layer or, in a dense model, to an FFN."""
+    of_dense_layer = re.search(r"/ffn/(up|down)/", stored.path) is not None
+    return "/ffn/" in stored.path and of_dense_layer == (model.family == "dense")
 
 
 def metadata(config: Config, storage: Storage, ledger_: Ledger, digest: str = file_format.NO_DIGEST) -> str:

@@ -12,18 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from bvit_jax import devices, energy, files, plots, scaling
 from bvit_jax.config import Config
 from bvit_jax.devices import Fit
 from bvit_jax.energy import Comparison
-from bvit_jax.model_config import Form
+from bvit_jax.model_config import Form, require
 from bvit_jax.precision import Precision
 from bvit_jax.scaling import Growth, Point, Variant
 from bvit_jax.storage import Storage
 
 STANDARD_FORMATS: tuple[Precision, ...] = ("float32", "int8", "ternary")
 FORMS: tuple[Form, ...] = ("separate", "tied")
-OUTPUTS = ("memory.csv", "memory_totals.csv", "memory.json", "plots", "devices.csv", "energy.csv")
+OUTPUTS = ("memory.csv", "memory_totals.csv", "memory.json", "plots")
+"""What `write` writes; `write_devices` and `write_energy` add a CSV and a JSON file each."""
 
 
 def write(config: Config, rest: Storage, experts: Sequence[int], directory: Path) -> list[Point]:
@@ -34,8 +37,13 @@ def write(config: Config, rest: Storage, experts: Sequence[int], directory: Path
         rest: the number formats that the variants do not vary: router, backbone, packing of trits.
         experts: numbers of experts.
         directory: where to.
+
+    Raises:
+        ConfigError: if the model is no butterfly: the other families have not the fields that butterflies need.
     """
-    points = scaling.points(config, scaling.all_variants(rest), experts)
+    require(config.model.family == "butterfly", "model.family", config.model.family, "butterfly, to count all families")
+    bar = tqdm(scaling.all_variants(rest), unit="variant", disable=None, leave=False)
+    points = [point for variant in bar for point in scaling.points(config, [variant], experts)]
     files.write_text(directory / "memory.csv", files.to_csv([row for point in points for row in point.components()]))
     files.write_text(directory / "memory_totals.csv", files.to_csv([point.totals() for point in points]))
     content = {
@@ -51,7 +59,8 @@ def write(config: Config, rest: Storage, experts: Sequence[int], directory: Path
 
 def write_devices(config: Config, rest: Storage, directory: Path) -> list[Fit]:
     """Counts the experts that fit into each device; arguments as in `write`."""
-    rows = devices.fits(config, _few_variants(rest))
+    bar = tqdm(devices.DEVICES, unit="device", disable=None, leave=False)
+    rows = [row for device in bar for row in devices.fits(config, _few_variants(rest), [device])]
     sources = {device.name: {"source": device.source, "note": device.note} for device in devices.DEVICES}
     files.write_rows(directory / "devices.csv", [dataclasses.asdict(row) | sources[row.device] for row in rows])
     return rows
@@ -67,7 +76,9 @@ def write_energy(config: Config, rest: Storage, images: Sequence[int], directory
 def _few_variants(rest: Storage) -> list[Variant]:
     """Lists standard mixtures and butterflies in the formats that are likely to be deployed."""
     standard = [Variant("standard", "separate", dataclasses.replace(rest, experts=e)) for e in STANDARD_FORMATS]
-    standard[0] = Variant("standard", "separate", dataclasses.replace(rest, router="float32"))  # as it is compared with
+    standard[0] = Variant(
+        "standard", "separate", dataclasses.replace(rest, router="float32")
+    )  # that of the mixture that all are compared with
     return standard + [Variant("butterfly", form, dataclasses.replace(rest, angle_bits=8)) for form in FORMS]
 
 

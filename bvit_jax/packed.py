@@ -77,7 +77,7 @@ class PackedModel:
 
         Args:
             images_nxHxWxc: floating, 0 to 1, of the size and channels that the model was trained on; any number.
-            batch_size: images at a time; the last batch is padded. Smaller takes less memory.
+            batch_size: images at a time at most; the last batch is padded. Smaller takes less memory.
 
         Raises:
             ValueError: if the images have another shape.
@@ -90,10 +90,11 @@ class PackedModel:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         logits = np.empty((len(images), m.num_classes), np.float32)
-        for start in range(0, len(images), batch_size):
-            part = images[start : start + batch_size]
-            padded = np.pad(part, [(0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)])
-            logits[start : start + batch_size] = _forward(m, self.storage, self._tree, padded)[: len(part)]
+        size = min(batch_size, 1 << max(len(images) - 1, 0).bit_length())  # few sizes, so few compilations
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
+            logits[start : start + size] = _forward(m, self.storage, self._tree, padded)[: len(part)]
         return logits
 
     def probabilities(self, images_nxHxWxc: Any, batch_size: int = DEFAULT_BATCH) -> np.ndarray:

@@ -104,8 +104,9 @@ def angle_codes(angles: jax.Array, bits: int) -> jax.Array:
 
     -pi and pi have the same code, and so have any two angles a whole number of turns apart.
     """
-    steps = jnp.round(angles * (2**bits / (2 * math.pi))).astype(jnp.int32)
-    return steps & (2**bits - 1)
+    turns = angles * (1 / (2 * math.pi))
+    steps = jnp.round((turns - jnp.round(turns)) * 2**bits)  # whole turns off first, or many would overflow
+    return steps.astype(jnp.int32) & (2**bits - 1)
 
 
 def angles_of(codes: jax.Array, bits: int) -> jax.Array:

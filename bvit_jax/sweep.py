@@ -81,7 +81,7 @@ class ResultRow:
         compression_paper, compression_full: bytes of the standard mixture of the same shape and experts, over these.
         images_per_second: training throughput, with the trials that ran at the same time beside it.
         status: `ok`, `failed` or `unfinished`.
-        bytes_full_ffn, compression_full_ffn: the `full` accounting of the feed-forward layers alone.
+        bytes_full_ffn, compression_full_ffn: the `full` accounting of the mixture layers alone.
         settings: as in `Trial`.
         trial: digest of the configuration, the name of the trial's directory.
         error: last line of a failed trial's traceback.

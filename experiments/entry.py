@@ -13,10 +13,15 @@ from bvit_jax.packed_file import PackedFileError
 Main = Callable[[Sequence[str]], None]
 
 
-def run(main: Main, positional: bool = False) -> None:
+def run(main: Main, positional: bool = False, resumes: bool = False) -> None:
     """Runs an entry point: a bad configuration or file becomes one line and exit status 2, Ctrl-C one line and 130.
 
-    Libraries report from warnings upwards. Arguments other than flags are refused unless `positional`.
+    Libraries report from warnings upwards.
+
+    Args:
+        main: the entry point; it takes the arguments that are no flags after its own name.
+        positional: whether there may be such arguments.
+        resumes: whether the same command, given again, goes on where it was.
     """
 
     @functools.wraps(main)
@@ -30,7 +35,7 @@ def run(main: Main, positional: bool = False) -> None:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            print("interrupted" + ("; the same command goes on from here" if resumes else ""), file=sys.stderr)
             sys.exit(130)
 
     app.run(wrapped)

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from bvit_jax import checkpoints, data, evaluate, files, memory, packed, packed_file, packing, precision, sharding
+from bvit_jax import checkpoints, data, evaluate, files, memory, packed, packed_file, packing, sharding
 from bvit_jax.config import Config, DataConfig
 from bvit_jax.model_config import ConfigError, require
 from bvit_jax.storage import Storage
@@ -32,7 +32,6 @@ _WORKDIR = flags.DEFINE_list("workdir", [], "Directories of runs of experiments.
 _SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Which images.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
 _ANGLE_BITS = flags.DEFINE_list("angle_bits", [], "Bits an angle, comma between: score the runs packed in each way.")
-_EXPERTS = flags.DEFINE_enum("experts_format", None, precision.PRECISIONS, "Format of stored experts and dense FFNs.")
 _OUT = flags.DEFINE_string("out", None, "A directory for evaluation.csv and evaluation.json.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
@@ -61,13 +60,13 @@ class Scored:
 def main(argv: Sequence[str]) -> None:
     """Scores what the flags name and prints a line each."""
     del argv
-    given = (_MODEL.value is not None) + bool(_WORKDIR.value)
-    require(given == 1, "model, workdir", (_MODEL.value, _WORKDIR.value), "given, exactly one of them")
+    runs = [name for name in _WORKDIR.value if name]
+    require(bool(_MODEL.value) != bool(runs), "model, workdir", (_MODEL.value, runs), "given, exactly one of them")
     bits = [_bits(text) for text in _ANGLE_BITS.value]
-    repack = bool(bits or _EXPERTS.value or storage_flags.any_given())
+    repack = bool(bits) or storage_flags.any_given()
     require(not (repack and _MODEL.value), "model", _MODEL.value, "without formats: the file has its own")
     out = None if _OUT.value is None else entry.make_directory("out", _OUT.value)
-    rows = [_file(Path(_MODEL.value))] if _MODEL.value else _runs(bits, repack)
+    rows = [_file(Path(_MODEL.value))] if _MODEL.value else _runs(runs, bits, repack)
     content = [dataclasses.asdict(row) for row in rows]
     if out is not None:
         files.write_text(out / "evaluation.csv", files.to_csv(content))
@@ -93,18 +92,16 @@ def _file(path: Path) -> Scored:
     return scored
 
 
-def _runs(bits: Sequence[packing.AngleBits], repack: bool) -> list[Scored]:
+def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) -> list[Scored]:
     rows = []
     splits: dict[DataConfig, data.Split] = {}
-    for name in tqdm(_WORKDIR.value, unit="run", disable=None if len(_WORKDIR.value) > 1 else True, leave=False):
+    for name in tqdm(runs, unit="run", disable=None if len(runs) > 1 else True, leave=False):
         config, _, params = checkpoints.best_params(Path(name))
         split = splits.setdefault(config.data, _split(config.data))
         if not repack:
             rows.append(_trained(name, config, params, split))
             continue
-        formats = storage_flags.rest(config.model)
-        experts: Any = _EXPERTS.value or formats.experts
-        formats = dataclasses.replace(formats, experts=experts)
+        formats = storage_flags.given(config.model)
         for number in bits or [config.model.angle_bits]:
             model = _packed(config, params, dataclasses.replace(formats, angle_bits=number))
             rows.append(_score(model, name, split))
@@ -152,7 +149,7 @@ def _show(rows: Sequence[Scored]) -> None:
     groups: dict[str, list[Scored]] = {}
     for row in rows:
         groups.setdefault(row.numbers, []).append(row)
-    if len(_WORKDIR.value) > 1:
+    if max(map(len, groups.values())) > 1:
         made.add_section()
         for numbers, group in groups.items():
             accuracies = 100 * np.array([row.accuracy for row in group])

@@ -16,21 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from bvit_jax import checkpoints, memory, packed, packed_file, packing, precision, storage, vit
+from bvit_jax import checkpoints, memory, packed, packed_file, storage, vit
 from bvit_jax.model_config import ConfigError, require
 from experiments import entry, storage_flags, tables
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of a run of experiments.train.")
 _OUT = flags.DEFINE_string("out", None, "The file to write, e.g. model.safetensors; its folder is made if absent.")
-_ANGLE_BITS = flags.DEFINE_enum(
-    "angle_bits", None, [str(bits) for bits in packing.ANGLE_BITS], "Bits an angle; as trained if left out."
-)
-_EXPERTS = flags.DEFINE_enum(
-    "experts_format",
-    "float32",
-    precision.PRECISIONS,
-    "Format of stored experts, dense FFNs and the reference projection.",
-)
+_ANGLE_BITS = flags.DEFINE_integer("angle_bits", None, "Bits an angle, 32, 16, 8, 6 or 4; as trained if left out.")
 
 CHECK_IMAGES = 16
 
@@ -38,17 +30,16 @@ CHECK_IMAGES = 16
 def main(argv: Sequence[str]) -> None:
     """Exports, reads the file back, and prints its ledger."""
     del argv
-    out = Path(str(_OUT.value))
-    require(not out.is_dir(), "out", str(out), "a file")
+    out = _file_to_write()
     config, step, params = checkpoints.best_params(Path(str(_WORKDIR.value)))
-    bits: Any = int(_ANGLE_BITS.value or config.model.angle_bits)
-    experts: Any = _EXPERTS.value
-    chosen = dataclasses.replace(storage_flags.rest(config.model), angle_bits=bits, experts=experts)
-    entry.make_directory("out", str(out.parent))
+    bits: Any = config.model.angle_bits if _ANGLE_BITS.value is None else _ANGLE_BITS.value
+    chosen = dataclasses.replace(storage_flags.given(config.model), angle_bits=bits)
     try:
         ledger = packed_file.write(out, params, config, chosen)
     except ValueError as error:
         raise ConfigError(f"workdir = {_WORKDIR.value!r}, step {step}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"out = {str(out)!r}: it cannot be written ({error})") from None
 
     m = config.model
     shape = (CHECK_IMAGES, m.image_size, m.image_size, m.channels)
@@ -74,6 +65,17 @@ def main(argv: Sequence[str]) -> None:
     print(f"checkpoint of step {step}; {chosen.angle_bits}-bit angles, {storage_flags.describe(chosen)}")
     print(f"logits of the file against the trained model so rounded, {CHECK_IMAGES} images: within {difference:.1e}")
     print(f"written: {out}, {out.stat().st_size:,} bytes, SHA-256 {loaded.digest[:16]}...")
+
+
+def _file_to_write() -> Path:
+    """Returns the file of `--out`, which may exist; nothing but a file is ever replaced."""
+    out = Path(str(_OUT.value))
+    entry.make_directory("out", str(out.parent))
+    try:
+        require(out.is_file() or not out.exists(), "out", str(out), "a file, new or old")
+    except OSError as error:
+        raise ConfigError(f"out = {str(out)!r}: it must be a file ({error})") from None
+    return out
 
 
 if __name__ == "__main__":

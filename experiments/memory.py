@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     resolved = config.resolve(_CONFIG.value.to_dict())
     experts = _numbers(_EXPERTS.value)
-    rest = storage_flags.rest(resolved.model)
+    rest = storage_flags.given(resolved.model)
     out = entry.make_directory("out", str(_OUT.value))
     points = memory_report.write(resolved, rest, experts, out)
     shown = max([number for number in experts if number <= 64] or experts[:1])
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
     print("Saving against the float32 standard mixture: in all; fused, rotations moving nothing; of weights alone.")
     print(f"The paper reports {100 * energy.PAPER_SAVING:.1f} %, by a model that is not public.")
     tables.show(_energies(memory_report.write_energy(of_shown, rest, IMAGES, out)))
-    print(f"report: {', '.join(memory_report.OUTPUTS)} in {out}")
+    written = (*memory_report.OUTPUTS, "devices.csv", "devices.json", "energy.csv", "energy.json")
+    print(f"report: {', '.join(written)} in {out}")
 
 
 def _devices(rows: Sequence[devices.Fit]) -> Table:

@@ -9,33 +9,41 @@ from bvit_jax import precision
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.storage import BackbonePrecision, Storage
 
-_ROUTER = flags.DEFINE_enum(
-    "router", None, get_args(precision.RouterPrecision), "Format of the router's weights; as trained if left out."
-)
-_BACKBONE = flags.DEFINE_enum(
-    "backbone",
-    None,
-    get_args(BackbonePrecision),
-    "Format of the kernels of attention, patch embedding and head; float32 if left out.",
-)
-_TRITS = flags.DEFINE_enum(
-    "trits", None, get_args(precision.TritPacking), "Packing of ternary weights; base3, five a byte, if left out."
-)
+
+def _define(name: str, of: str, choices: Any, default: str) -> flags.FlagHolder[str | None]:
+    return flags.DEFINE_string(name, None, f"Format of {of}: {', '.join(get_args(choices))}; {default} if left out.")
+
+
+# By field of `Storage`; `Storage` itself checks the values.
+_FORMATS = {
+    "router": _define("router", "the router's weights", precision.RouterPrecision, "as trained"),
+    "backbone": _define("backbone", "the kernels of attention, patches and head", BackbonePrecision, "float32"),
+    "experts": _define(
+        "experts_format",
+        "stored experts, dense FFNs and the projection of the reference form",
+        precision.Precision,
+        "float32",
+    ),
+    "trits": _define("trits", "ternary weights, five a byte or 2 bits each", precision.TritPacking, "base3"),
+}
 
 
 def any_given() -> bool:
     """Whether a flag of these is set."""
-    return any(flag.value is not None for flag in (_ROUTER, _BACKBONE, _TRITS))
+    return any(flag.value is not None for flag in _FORMATS.values())
 
 
-def rest(model: ModelConfig) -> Storage:
-    """Returns the formats of router, backbone and trits that the flags ask for, the others at their defaults."""
-    formats = {"router": _ROUTER.value, "backbone": _BACKBONE.value, "trits": _TRITS.value}
-    given: dict[str, Any] = {name: value for name, value in formats.items() if value is not None}
-    return dataclasses.replace(Storage(router=model.router_precision), **given)
+def given(model: ModelConfig) -> Storage:
+    """Returns the formats that the flags ask for, all but that of the angles.
+
+    Raises:
+        ConfigError: for a format that there is not.
+    """
+    values: dict[str, Any] = {name: flag.value for name, flag in _FORMATS.items() if flag.value is not None}
+    return dataclasses.replace(Storage(router=model.router_precision), **values)
 
 
 def describe(storage: Storage) -> str:
-    """Says in a few words what the flags of `rest` set."""
+    """Says in a few words what the flags set, where it matters to a butterfly."""
     trits = "5 trits a byte" if storage.trits == "base3" else "2 bits a trit"
     return f"router {storage.router}, backbone {storage.backbone}, {trits}"

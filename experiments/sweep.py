@@ -122,4 +122,4 @@ def _name(family: str, form: str) -> str:
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(main, resumes=True)

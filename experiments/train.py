@@ -34,4 +34,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    entry.run(main)
+    entry.run(main, resumes=True)

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 
-from bvit_jax import sharding, train_step
-from bvit_jax.checkpoints import Checkpoints, abstract_state
+from bvit_jax import files, sharding, train_step
+from bvit_jax.checkpoints import Checkpoints, abstract_state, best_params
 from bvit_jax.config import from_dict
+from bvit_jax.model_config import ConfigError
 from bvit_jax.train_step import TrainState
 from tests.conftest import make_config
 
@@ -138,3 +140,67 @@ def test_a_described_state_has_the_shapes_and_the_place():
     for found, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(make_state(1)), strict=True):
         assert isinstance(found, jax.ShapeDtypeStruct)
         assert (found.shape, found.dtype, found.sharding) == (leaf.shape, leaf.dtype, placement)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run's directory, its best checkpoint at step 2 and its newest at step 3."""
+    config = make_config()
+    state = train_step.init_state(config)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for step, accuracy in ((1, 0.2), (2, 0.9), (3, 0.5)):
+            params = jax.tree.map(lambda leaf, step=step: leaf + step, state.params)
+            checkpoints.save(state.replace(step=jnp.int32(step), params=params), config, accuracy, 1.0)
+    files.write_json(tmp_path / "config.json", config.to_dict())
+    return tmp_path
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_the_best_parameters_of_a_run_are_read_and_nothing_is_changed(run):
+    (run / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()  # a save going on
+    before, verbosity = contents(run), logging.get_verbosity()
+    config, step, params = best_params(run)
+    assert (config, step) == (make_config(), 2)
+    expected = jax.tree.map(lambda leaf: leaf + 2, train_step.init_state(config).params)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert contents(run) == before
+    assert (run / "checkpoints" / "4.orbax-checkpoint-tmp").is_dir()
+    assert logging.get_verbosity() == verbosity
+
+
+@pytest.mark.parametrize("field", ["model.num_experts", "model.top_k", "seed"])
+def test_a_configuration_that_is_not_the_checkpoints_own_is_refused(run, field):
+    stored = json.loads((run / "config.json").read_text())
+    place = stored["model"] if "." in field else stored
+    place[field.split(".")[-1]] = 3
+    files.write_json(run / "config.json", stored)
+    with pytest.raises(ConfigError, match=f"config.json and the checkpoint of step 2 differ: {field}: . != 3"):
+        best_params(run)
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(run):
+    for path in (run / "checkpoints" / "2" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(ConfigError, match="the checkpoint of step 2 cannot be read"):
+        best_params(run)
+
+
+def test_what_is_no_run_or_has_no_checkpoint_is_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match="it must be the directory of a run; it has no config.json"):
+        best_params(tmp_path / "absent")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text((run / "config.json").read_text())
+    with pytest.raises(ConfigError, match="it holds no checkpoint yet"):
+        best_params(other)
+    (other / "checkpoints").mkdir()
+    with pytest.raises(ConfigError, match="it holds no checkpoint yet"):
+        best_params(other)
+    for text in ("{", "[]", "{}", '{"seed": 0}'):
+        (other / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="it is damaged, or of another version"):
+            best_params(other)

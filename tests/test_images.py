@@ -41,8 +41,31 @@ def test_colours_stay_colours_and_turn_grey_for_a_grey_model(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    path = save(tmp_path / "deep.png", np.full((8, 8), 257 * 100, np.uint16))
-    np.testing.assert_allclose(images.load(path, GREY)[0].pixels, 100 / 255, rtol=1e-6)
+    # 65535 / 257 = 255: the brightest stays the brightest.
+    path = save(tmp_path / "deep.png", np.linspace(0, 65535, 64).reshape(8, 8).round().astype(np.uint16))
+    expected = np.linspace(0, 255, 64).reshape(8, 8, 1) / 255
+    np.testing.assert_allclose(images.load(path, GREY)[0].pixels, expected, atol=0.51 / 255)
+    assert images.load(path, GREY)[0].pixels.max() == 1
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_unknown_range_are_refused(tmp_path, dtype):
+    with pytest.raises(ConfigError, match="its pixels have 32 bits, of unknown range"):
+        images.load(save(tmp_path / "a.tiff", np.ones((8, 8), dtype)), GREY)
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    black = np.zeros((8, 8, 4), np.uint8)
+    black[:, :4, 3] = 255  # the left half is opaque
+    (loaded,) = images.load(save(tmp_path / "a.png", black), GREY)
+    np.testing.assert_array_equal(loaded.pixels[0, :, 0], [0, 0, 0, 0, 1, 1, 1, 1])
+    assert loaded.note == "laid over white"
+    (small,) = images.load(save(tmp_path / "b.png", np.tile(black, (2, 2, 1))), COLOUR)
+    assert small.note == "laid over white, resized from 16x16"
+    palette = Image.new("P", (8, 8))
+    palette.putpalette([9, 9, 9])
+    palette.save(tmp_path / "c.png", transparency=0)
+    np.testing.assert_array_equal(images.load(tmp_path / "c.png", GREY)[0].pixels, np.ones((8, 8, 1)))
 
 
 def test_other_sizes_are_cut_in_the_middle_and_resized_and_this_is_said(tmp_path):
@@ -51,6 +74,8 @@ def test_other_sizes_are_cut_in_the_middle_and_resized_and_this_is_said(tmp_path
     (loaded,) = images.load(save(tmp_path / "wide.png", wide), GREY)
     np.testing.assert_array_equal(loaded.pixels, np.ones((8, 8, 1)))
     assert loaded.note == "cut and resized from 48x16"
+    (tall,) = images.load(save(tmp_path / "tall.png", wide.T), GREY)
+    np.testing.assert_array_equal(tall.pixels, np.ones((8, 8, 1)))
     (square,) = images.load(save(tmp_path / "square.jpg", wide[:, :16]), GREY)
     assert square.note == "resized from 16x16"
 
@@ -77,6 +102,8 @@ def test_arrays_of_every_shape_and_both_dtypes(tmp_path, pixels):
     first, second = images.load(tmp_path / "many.npy", GREY)
     assert (first.name, second.name) == (f"{tmp_path / 'many.npy'}[0]", f"{tmp_path / 'many.npy'}[1]")
     np.testing.assert_array_equal(second.pixels, 1 - exact)
+    np.save(tmp_path / "one.npy", exact[None])
+    assert images.load(tmp_path / "one.npy", GREY)[0].name == f"{tmp_path / 'one.npy'}[0]"
     np.save(tmp_path / "none.npy", np.zeros((0, 8, 8, 1), np.float32))
     assert images.load(tmp_path / "none.npy", GREY) == []
 
@@ -129,3 +156,9 @@ def test_absent_files_folders_and_channels_no_picture_has(tmp_path, pixels):
         images.load(tmp_path, GREY)
     with pytest.raises(ConfigError, match="this model has 2 channels"):
         images.load(save(tmp_path / "a.png", pixels), dataclasses.replace(GREY, channels=2))
+
+
+def test_a_picture_too_large_to_be_one_is_refused(tmp_path, pixels, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ConfigError, match="it must be a PNG, JPEG or .npy file"):
+        images.load(save(tmp_path / "a.png", pixels), GREY)

@@ -4,7 +4,7 @@ import json
 import jax
 import pytest
 
-from bvit_jax import components, memory, vit
+from bvit_jax import components, memory, packed_file, vit
 from bvit_jax.config import Config, resolve
 from bvit_jax.storage import Storage
 from configs import paper
@@ -325,6 +325,14 @@ def test_the_mixture_layers_of_the_papers_setting_all_counted():
     assert smallest < 939_524_096 / 1000
 
 
+def test_dense_layers_beside_the_mixtures_are_in_the_file_but_not_in_the_mixtures():
+    # One mixture of two layers: half of the mixtures' bytes; the dense FFN has 2 x 128 weights and 16 + 8 biases.
+    for family, form in KINDS[1:]:
+        every, second = (ledger(small(family, form, moe_layers=layers)) for layers in ("every", "second"))
+        assert second.bytes_full_ffn == every.bytes_full_ffn / 2
+        assert tensors_of(second) - tensors_of(every) == 4 * (2 * 128 + 24) - every.bytes_full_ffn / 2
+
+
 def test_the_header_states_its_own_size():
     found = ledger(small("butterfly"))
     assert found.rows[-1].component == "header"
@@ -332,3 +340,8 @@ def test_the_header_states_its_own_size():
     assert stated["components"][-1]["bytes_full"] == found.rows[-1].bytes_full
     assert stated["bytes_full"] == found.bytes_full
     assert stated == found.to_dict()
+
+
+def test_the_file_in_the_papers_setting_has_the_bytes_counted(key):
+    config = resolve(paper.get_config("butterfly,64,tied").to_dict())
+    assert len(packed_file.pack(vit.init_params(config.model, key), config)) == ledger(config).bytes_full == 8_746_467

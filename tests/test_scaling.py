@@ -6,6 +6,7 @@ import pytest
 
 from bvit_jax import memory, memory_report, scaling
 from bvit_jax.config import resolve
+from bvit_jax.model_config import ConfigError
 from bvit_jax.scaling import Variant
 from bvit_jax.storage import Storage
 from configs import paper
@@ -91,6 +92,14 @@ def test_curves_reach_thousands_of_experts_at_once():
         assert tied[number]["compression_paper"] == pytest.approx(ratio, abs=0.5)
 
 
+def test_other_families_are_no_start_for_a_report(tmp_path):
+    # Their configurations have no stages or scales of their own, and the butterflies counted would not be the user's.
+    for family in ("dense", "standard"):
+        with pytest.raises(ConfigError, match=f"model.family = '{family}': it must be butterfly"):
+            memory_report.write(make_config(f"{family},4"), Storage(), (1,), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_report_of_a_model(tmp_path):
     config = make_config("butterfly,4")
     points = memory_report.write(config, Storage(), (1, 4), tmp_path)
@@ -105,4 +114,10 @@ def test_the_report_of_a_model(tmp_path):
     assert [row["bytes_full"] for row in stored["points"]] == [point.ledger.bytes_full for point in points]
     assert len(stored["growth"]) == 21
     assert (tmp_path / "plots" / "memory_vs_experts.png").stat().st_size > 10_000
+    memory_report.write_energy(config, Storage(), (1, 2), tmp_path)
+    rows = json.loads((tmp_path / "energy.json").read_text())
+    assert [row["images"] for row in rows] == [1] * 5 + [2] * 5
+    assert rows[0]["variant"] == "standard float32"
+    assert rows[0]["saving"] == rows[0]["saving_weights"] == 0
+    assert len((tmp_path / "energy.csv").read_text().splitlines()) == 11
     assert memory_report.describe(config) == "2 mixture layers, d_model 64, d_ff 128, 2 stages"

@@ -1,0 +1,27 @@
+import numpy as np
+import pytest
+
+from bvit_jax import evaluate
+from tests import oracles
+
+
+def test_logits_are_scored_by_hand():
+    # softmax of (0, ln 3) is (1/4, 3/4).
+    logits = np.log(np.array([[1, 3], [3, 1], [3, 1], [1, 3]], np.float32))
+    found = evaluate.from_logits(logits, np.array([1, 1, 0, 0]))
+    assert (found.accuracy, found.count) == (0.5, 4)
+    assert found.nll == pytest.approx(-(2 * np.log(3 / 4) + 2 * np.log(1 / 4)) / 4)
+    assert found.to_dict().keys() == {"accuracy", "nll", "count"}
+
+
+def test_logits_are_scored_as_the_oracle_does():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(50, 7)).astype(np.float32), rng.integers(0, 7, 50)
+    found = evaluate.from_logits(logits, labels)
+    assert found.nll == pytest.approx(oracles.cross_entropy(logits.astype(np.float64), labels, 0).mean(), rel=1e-12)
+
+
+def test_large_logits_do_not_overflow():
+    found = evaluate.from_logits(np.array([[1e4, 0], [-3e38, 3e38]], np.float32), np.array([0, 1]))
+    assert (found.accuracy, found.nll) == (1, 0)
+    assert evaluate.from_logits(np.array([[1e4, 0]], np.float32), np.array([1])).nll == 1e4
