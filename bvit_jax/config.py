@@ -180,6 +180,7 @@ def from_dict(stored: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: as `resolve`.
     """
+    require(isinstance(stored, Mapping), "configuration", stored, "sections and fields")
     sections = dict(stored)
     classes = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "optimizer": OptimizerConfig}
     built = {name: _build(cls, name, _section(sections, name)) for name, cls in classes.items()}
@@ -215,6 +216,8 @@ def _build(cls: type[Any], section: str, fields: dict[str, Any]) -> Any:
         kind = hints[name]
         if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST_INTEGER:
             value = float(value)
+        if kind is float and isinstance(value, float):
+            value += 0.0  # -0.0 becomes 0.0, which it equals but is not spelt like
         if kind in (int, float):
             valid = isinstance(value, kind) and not isinstance(value, bool)
             require(valid and abs(value) < LARGEST_INTEGER, prefix + name, value, WANTED_NUMBER[kind])

@@ -96,7 +96,8 @@ class ModelConfig:
             "compute_dtype": get_args(ComputeDtype),
         }.items():
             value = getattr(self, field)
-            require(value in choices, f"model.{field}", value, " or ".join(map(str, choices)))
+            valid = value in choices and type(value) is type(choices[0])
+            require(valid, f"model.{field}", value, " or ".join(map(str, choices)))
         for field in (
             *("num_experts", "top_k", "num_stages", "image_size", "patch_size", "num_layers", "d_model", "d_ff"),
             *("num_heads", "channels", "num_classes"),

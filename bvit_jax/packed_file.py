@@ -7,6 +7,7 @@ are all checked before a tensor is used. The digest finds damage, not forgery: i
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ import safetensors.numpy
 from bvit_jax import file_format, files, memory
 from bvit_jax.config import Config, from_dict
 from bvit_jax.memory import Ledger
-from bvit_jax.model_config import ConfigError
 from bvit_jax.storage import NUMPY_DTYPE, Storage, as_trained, encode, layout
 
+LONGEST_MESSAGE = 600
 _FIELDS = {"config", "digest", "ledger", "storage", "version"}
 
 
 class PackedFileError(ValueError):
-    """A file that is no packed model, or a damaged one; the message names the file and what is wrong."""
+    """A file that is no packed model, or a damaged one; the message, one line, names the file and what is wrong."""
+
+    def __init__(self, message: str) -> None:
+        # What a damaged file says of itself may be quoted here, line breaks and all.
+        super().__init__("".join(c if c.isprintable() else "?" for c in message)[:LONGEST_MESSAGE])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ def pack(params: Any, config: Config, storage: Storage | None = None) -> bytes:
         storage: number formats; by default those that the model is trained with.
 
     Raises:
-        ValueError: for a parameter that is not finite.
+        ValueError: for a parameter that is missing, unknown, of the wrong shape or not finite.
     """
     storage = storage or as_trained(config.model)
     arrays = encode(params, config.model, storage)
@@ -100,9 +105,11 @@ def unpack(raw: bytes) -> Packed:
     config, storage = _configuration(content, len(raw))
     tensors = {tensor.name: tensor for stored in layout(config.model, storage) for tensor in stored.tensors}
     ledger = memory.ledger(config, storage)
-    # Equal to the byte, so that there is one header for one content, and none that a parser could read in two ways.
-    if len(raw) != ledger.bytes_full or _text(raw) != memory.metadata(config, storage, ledger, digest):
+    if len(raw) != ledger.bytes_full:
         raise PackedFileError(f"{len(raw)} bytes; the model in its header takes {ledger.bytes_full}")
+    # Equal to the letter, so that there is one text for one content, and none that can be read in two ways.
+    if _text(raw) != memory.metadata(config, storage, ledger, digest):
+        raise PackedFileError("its metadata is not what this library writes for the model in it")
     arrays: dict[str, np.ndarray] = {}
     try:
         found = safetensors.deserialize(raw)
@@ -150,7 +157,7 @@ def _metadata(raw: bytes) -> dict[str, Any]:
 
 
 def _check_digest(raw: bytes, digest: Any) -> None:
-    stated = digest.encode() if isinstance(digest, str) and len(digest) == len(file_format.NO_DIGEST) else b""
+    stated = digest.encode() if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else b""
     if not stated or raw.count(stated) != 1:
         raise PackedFileError("damaged: it states no digest")
     found = hashlib.sha256(raw.replace(stated, file_format.NO_DIGEST.encode())).hexdigest()
@@ -163,12 +170,14 @@ def _configuration(content: dict[str, Any], size: int) -> tuple[Config, Storage]
     try:
         config = from_dict(content["config"])
         storage = Storage(**content["storage"])
-    except (ConfigError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise PackedFileError(f"its configuration cannot be used: {_gist(error)}") from None
     # Whatever a model has many of takes a byte each, so nothing larger is laid out.
-    largest = max(value for value in dataclasses.asdict(config.model).values() if isinstance(value, int))
-    if largest > size:
-        raise PackedFileError(f"{size} bytes cannot hold a model with {largest} of anything")
+    m = config.model
+    largest = max(value for value in dataclasses.asdict(m).values() if isinstance(value, int))
+    rows = (m.grid[0] * m.grid[1] + 1) * m.top_k
+    if largest > size or rows >= 2**31:
+        raise PackedFileError(f"{size} bytes cannot hold a model with {max(largest, rows)} of anything")
     return config, storage
 
 

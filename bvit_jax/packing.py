@@ -38,18 +38,20 @@ def pack_trits(trits: jax.Array | np.ndarray) -> np.ndarray:
     Raises:
         ValueError: for any other value.
     """
-    digits = np.asarray(trits).astype(np.int32) + 1
-    if not np.isin(np.asarray(trits), (-1, 0, 1)).all():
+    values = np.asarray(trits)
+    if not np.isin(values, (-1, 0, 1)).all():
         raise ValueError("only -1, 0 and 1 can be packed as trits")
-    digits = _fill(digits, TRITS_PER_BYTE).reshape(*digits.shape[:-1], -1, TRITS_PER_BYTE)
-    return (digits * np.array(_POWERS_OF_3)).sum(axis=-1).astype(np.uint8)
+    groups = _in_groups(values.astype(np.int32) + 1, TRITS_PER_BYTE)
+    return (groups * np.array(_POWERS_OF_3)).sum(axis=-1).astype(np.uint8)
 
 
 def unpack_trits(packed: jax.Array, count: int) -> jax.Array:
     """Undoes `pack_trits`: int8 (..., count) from uint8 (..., bytes); runs inside compiled programs."""
     powers = jnp.array(_POWERS_OF_3, jnp.uint8)
     digits = packed[..., None] // powers.reshape(*(1,) * packed.ndim, -1) % jnp.uint8(3)
-    return digits.reshape(*packed.shape[:-1], -1)[..., :count].astype(jnp.int8) - jnp.int8(1)
+    return digits.reshape(*packed.shape[:-1], packed.shape[-1] * TRITS_PER_BYTE)[..., :count].astype(
+        jnp.int8
+    ) - jnp.int8(1)
 
 
 def codes_width(count: int, bits: int) -> int:
@@ -68,17 +70,17 @@ def pack_codes(codes: jax.Array | np.ndarray, bits: int) -> np.ndarray:
     """
     if bits not in (16, *_CODES_AND_BYTES):
         raise ValueError(f"{bits} bits a code are not supported; choose 16, 8, 6, 4 or 2")
-    values = np.asarray(codes).astype(np.int64)
-    if values.size and not (values.min() >= 0 and values.max() < 2**bits):
-        raise ValueError(
-            f"codes of {bits} bits lie between 0 and {2**bits - 1}; found {values.min()} to {values.max()}"
-        )
+    given = np.asarray(codes)
+    if not ((given >= 0) & (given < 2**bits) & (given == np.floor(given))).all():
+        raise ValueError(f"codes of {bits} bits are integers, 0 to {2**bits - 1}; found {given.min()} to {given.max()}")
+    values = given.astype(np.int64)
     if bits == 16:
         return values.astype(np.uint16)
     per_group, width = _CODES_AND_BYTES[bits]
-    groups = _fill(values, per_group).reshape(*values.shape[:-1], -1, per_group)
+    groups = _in_groups(values, per_group)
     words = (groups << (bits * np.arange(per_group))).sum(axis=-1, keepdims=True)
-    return (words >> (8 * np.arange(width)) & 255).reshape(*values.shape[:-1], -1).astype(np.uint8)
+    stored = words >> (8 * np.arange(width)) & 255
+    return stored.reshape(*values.shape[:-1], groups.shape[-2] * width).astype(np.uint8)
 
 
 def unpack_codes(packed: jax.Array, bits: int, count: int) -> jax.Array:
@@ -87,16 +89,17 @@ def unpack_codes(packed: jax.Array, bits: int, count: int) -> jax.Array:
     if bits == 16:
         return values
     per_group, width = _CODES_AND_BYTES[bits]
-    groups = values.reshape(*values.shape[:-1], -1, width)
+    groups = values.reshape(*values.shape[:-1], values.shape[-1] // width, width)
     words = sum((groups[..., byte] << (8 * byte) for byte in range(1, width)), groups[..., 0])
     fields = jnp.stack([words >> (bits * place) for place in range(per_group)], axis=-1) & (2**bits - 1)
-    return fields.reshape(*values.shape[:-1], -1)[..., :count]
+    return fields.reshape(*values.shape[:-1], fields.shape[-2] * per_group)[..., :count]
 
 
-def _fill(values: np.ndarray, multiple: int) -> np.ndarray:
-    """Fills the last axis up with zeros to a multiple; a trit's filling is the digit 0."""
-    missing = -values.shape[-1] % multiple
-    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
+def _in_groups(values: np.ndarray, size: int) -> np.ndarray:
+    """Splits the last axis into groups, (..., groups, size), the last one filled up with zeros."""
+    groups = -(-values.shape[-1] // size)
+    missing = groups * size - values.shape[-1]
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)]).reshape(*values.shape[:-1], groups, size)
 
 
 def angle_codes(angles: jax.Array, bits: int) -> jax.Array:

@@ -4,8 +4,8 @@
     int2          w ~ s (q + 1/2), q in -2 .. 1: four levels, s = max |w| / 2
     ternary       w ~ s q, q in -1 .. 1, s = mean |w| (`bvit_jax.ternary`)
 
-The maximum and the mean run over the inputs of an output channel. Integers and trits are packed per matrix
-(`bvit_jax.packing`). Axes: I inputs, O outputs, n stored elements a matrix; `...` any leading axes.
+The maximum and the mean run over the inputs of an output channel, and are 1e-5 at least. Integers and trits are packed
+per matrix (`bvit_jax.packing`). Axes: I inputs, O outputs, n stored elements a matrix; `...` any leading axes.
 """
 
 from typing import Literal, get_args

@@ -167,9 +167,10 @@ def encode(params: Any, model: ModelConfig, storage: Storage) -> dict[str, np.nd
         Arrays by tensor name, as `layout` lists them.
 
     Raises:
-        ValueError: for a parameter that is not finite.
+        ValueError: for a parameter that is missing, unknown, of the wrong shape or not finite.
     """
     leaves = {components.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    _check_shapes({path: tuple(leaf.shape) for path, leaf in leaves.items()}, dict(_shapes(model)))
     arrays: dict[str, np.ndarray] = {}
     for stored in layout(model, storage):
         leaf = jnp.asarray(leaves[stored.path], jnp.float32)
@@ -181,6 +182,13 @@ def encode(params: Any, model: ModelConfig, storage: Storage) -> dict[str, np.nd
             leaf = precision.quantise(leaf, model.router_precision)
         arrays |= _encode(leaf, stored, model, storage)
     return arrays
+
+
+def _check_shapes(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    for path in sorted(found.keys() | wanted.keys()):
+        if found.get(path) != wanted.get(path):
+            shapes = found.get(path, "absent"), wanted.get(path, "none")
+            raise ValueError(f"parameter {path} is {shapes[0]}; this model has {shapes[1]}")
 
 
 def _encode(leaf: jax.Array, stored: StoredParam, model: ModelConfig, storage: Storage) -> dict[str, np.ndarray]:

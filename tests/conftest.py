@@ -20,7 +20,10 @@ _CACHE = Path(tempfile.gettempdir()) / f"bvit_jax_tests_{os.getuid()}"
 jax.config.update("jax_compilation_cache_dir", os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE)))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-_STRICT = ("test_ternary", "test_butterfly", "test_losses", "test_routing", "test_dispatch", "test_moe", "test_vit")
+_STRICT = (
+    *("test_ternary", "test_butterfly", "test_packing", "test_precision"),
+    *("test_losses", "test_routing", "test_dispatch", "test_moe", "test_vit"),
+)
 
 
 # Every family, and every form of the butterfly one.

@@ -266,3 +266,90 @@ def butterfly_moe(params: Any, x_BxTxD: Array, *, form: str, top_k: int, num_sta
 
 def _by_token(function: Callable[[Array], Array], x_BxTxD: Array) -> Array:
     return np.array([[function(token) for token in example] for example in x_BxTxD])
+
+
+# Packed numbers
+
+
+GROUPS = {16: (1, 2), 8: (1, 1), 6: (4, 3), 4: (2, 1), 2: (4, 1)}  # bits: (codes, bytes) of a group
+
+
+def pack_trits(trits: list[int]) -> list[int]:
+    """Bytes of trits, five a byte, the first one lowest; the last byte is filled up with the digit 0."""
+    digits = [trit + 1 for trit in trits]
+    return [sum(digit * 3**place for place, digit in enumerate(digits[i : i + 5])) for i in range(0, len(digits), 5)]
+
+
+def pack_codes(codes: list[int], bits: int) -> list[int]:
+    """Bytes of codes, the first one in the lowest bits; the last group is filled up with zeros."""
+    count, width = GROUPS[bits]
+    packed: list[int] = []
+    for start in range(0, len(codes), count):
+        word = sum(code << (bits * place) for place, code in enumerate(codes[start : start + count]))
+        packed += word.to_bytes(width, "little")
+    return packed
+
+
+def on_circle(difference: Array) -> Array:
+    """The same angle between -pi and pi."""
+    return np.angle(np.exp(1j * np.asarray(difference, np.float64)))
+
+
+def round_angle(angle: float, bits: int) -> float:
+    """The nearest of 2^bits steps of the circle, from -pi to under pi; 32 bits change nothing."""
+    if bits == 32:
+        return angle
+    step = 2 * math.pi / 2**bits
+    return step * ((round(angle / step) + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1))
+
+
+def round_angles(angles: Array, bits: int) -> Array:
+    return np.array([round_angle(float(angle), bits) for angle in angles.reshape(-1)]).reshape(angles.shape)
+
+
+# Number formats
+
+
+def bfloat16(value: float) -> float:
+    """The nearest number with 8 significant bits, halves to even."""
+    if value == 0:
+        return 0.0
+    fraction, exponent = math.frexp(value)  # 0.5 <= |fraction| < 1
+    return math.ldexp(round(fraction * 2**8), exponent - 8)
+
+
+def integers(w_IxO: Array, precision: str) -> tuple[Array, Array]:
+    """The integers (inputs, outputs) of a packed precision and the scale of each output."""
+    if precision == "ternary":
+        return ternarise(w_IxO, "row")
+    inputs, outputs = w_IxO.shape
+    integers, scale_O = np.zeros((inputs, outputs)), np.zeros(outputs)
+    top = {"int8": 127, "int4": 7, "int2": 2}[precision]
+    for o in range(outputs):
+        scale_O[o] = max(*(abs(w_IxO[i, o]) for i in range(inputs)), 1e-5) / top
+        for i in range(inputs):
+            ratio = w_IxO[i, o] / scale_O[o]
+            if precision == "int2":
+                integers[i, o] = min(max(math.floor(ratio), -2), 1)
+            else:
+                integers[i, o] = min(max(round(ratio), -top), top)
+    return integers, scale_O
+
+
+def round_matrix(w_IxO: Array, precision: str, kind: str = "row") -> Array:
+    """A matrix as stored in a precision; `kind` is that of ternary scales."""
+    if precision == "float32":
+        return w_IxO
+    if precision == "bfloat16":
+        return np.array([[bfloat16(value) for value in row] for row in w_IxO])
+    if precision == "ternary":
+        return quantise(w_IxO, kind)
+    levels, scale_O = integers(w_IxO, precision)
+    return (levels + 0.5 if precision == "int2" else levels) * scale_O[None, :]
+
+
+def round_matrices(w: Array, precision: str, kind: str = "row") -> Array:
+    """Matrices (..., inputs, outputs), one by one."""
+    if w.ndim == 2:
+        return round_matrix(w, precision, kind)
+    return np.array([round_matrices(part, precision, kind) for part in w])

@@ -1,8 +1,8 @@
 import numpy as np
+import oracles
 import pytest
 
 from bvit_jax import evaluate
-from tests import oracles
 
 
 def test_logits_are_scored_by_hand():
