@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -83,6 +84,15 @@ def from_logits(logits_nxC: np.ndarray, labels_n: np.ndarray) -> Evaluation:
     log_norm = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
     nll = log_norm - logits[np.arange(len(labels_n)), labels_n]
     return Evaluation(float((logits.argmax(axis=1) == labels_n).mean()), float(nll.mean()), len(labels_n))
+
+
+def without_rotations(params: Any) -> Any:
+    """Returns parameters with every angle 0: all butterfly experts of a layer become one, the prototype itself."""
+
+    def stilled(path: Any, leaf: jax.Array) -> jax.Array:
+        return jnp.zeros_like(leaf) if components.component_of(components.path_of(path)) == "angles" else leaf
+
+    return jax.tree_util.tree_map_with_path(stilled, params)
 
 
 def ternary_statistics(params: Any, config: ModelConfig) -> dict[str, dict[str, float]]:

@@ -2,8 +2,8 @@
 
 Command:   python -m experiments.sweep --config=configs/sweep_bits.py
 Hardware:  2 CPU cores
-Time:      not yet run
-Result:    not yet run
+Time:      62 min of trials, two at a time with other work on the cores, run in two parts
+Result:    test accuracy over ten seeds, all 18 settings: 96.4 to 97.7 %; the table is in README.md
 """
 
 import ml_collections

@@ -32,6 +32,9 @@ _WORKDIR = flags.DEFINE_list("workdir", [], "Directories of runs of experiments.
 _SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Which images.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time.", lower_bound=1)
 _ANGLE_BITS = flags.DEFINE_list("angle_bits", [], "Bits an angle, comma between: score the runs packed in each way.")
+_WITHOUT_ROTATIONS = flags.DEFINE_bool(
+    "without_rotations", False, "Score the runs with every angle 0 as well: what the rotations give."
+)
 _OUT = flags.DEFINE_string("out", None, "A directory for evaluation.csv and evaluation.json.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
@@ -64,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
     require(bool(_MODEL.value) != bool(runs), "model, workdir", (_MODEL.value, runs), "given, exactly one of them")
     bits = [_bits(text) for text in _ANGLE_BITS.value]
     repack = bool(bits) or storage_flags.any_given()
-    require(not (repack and _MODEL.value), "model", _MODEL.value, "without formats: the file has its own")
+    alone = not (repack or _WITHOUT_ROTATIONS.value)
+    require(alone or not _MODEL.value, "model", _MODEL.value, "without formats: the file has its own")
     out = None if _OUT.value is None else entry.make_directory("out", _OUT.value)
     rows = [_file(Path(_MODEL.value))] if _MODEL.value else _runs(runs, bits, repack)
     content = [dataclasses.asdict(row) for row in rows]
@@ -98,6 +102,9 @@ def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) 
     for name in tqdm(runs, unit="run", disable=None if len(runs) > 1 else True, leave=False):
         config, _, params = checkpoints.best_params(Path(name))
         split = splits.setdefault(config.data, _split(config.data))
+        if _WITHOUT_ROTATIONS.value:
+            still = _trained(name, config, evaluate.without_rotations(params), split)
+            rows.append(dataclasses.replace(still, numbers="every angle 0"))
         if not repack:
             rows.append(_trained(name, config, params, split))
             continue

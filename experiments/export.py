@@ -54,12 +54,12 @@ def main(argv: Sequence[str]) -> None:
         made.add_row(row.component, f"{row.params:,}", f"{row.bytes_paper:,.0f}", f"{row.bytes_full:,}")
     made.add_section()
     made.add_row("all", f"{ledger.params:,}", f"{ledger.bytes_paper:,.0f}", f"{ledger.bytes_full:,}")
-    made.add_row("FFN layers", "", "", f"{ledger.bytes_full_ffn:,}")
+    made.add_row("mixture layers", "", "", f"{ledger.bytes_full_ffn:,}")
     tables.show(made)
     print(
         "float32 standard mixture of as many experts, over it: "
         f"paper {standard.bytes_paper / ledger.bytes_paper:.1f}x, "
-        f"FFN layers {standard.bytes_full_ffn / ledger.bytes_full_ffn:.1f}x, "
+        f"mixture layers {standard.bytes_full_ffn / ledger.bytes_full_ffn:.1f}x, "
         f"whole file {standard.bytes_full / ledger.bytes_full:.1f}x"
     )
     print(f"checkpoint of step {step}; {chosen.angle_bits}-bit angles, {storage_flags.describe(chosen)}")

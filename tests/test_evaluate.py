@@ -1,8 +1,10 @@
+import jax
 import numpy as np
 import oracles
 import pytest
 
-from bvit_jax import evaluate
+from bvit_jax import components, evaluate, vit
+from tests.conftest import make_model
 
 
 def test_logits_are_scored_by_hand():
@@ -25,3 +27,25 @@ def test_large_logits_do_not_overflow():
     found = evaluate.from_logits(np.array([[1e4, 0], [-3e38, 3e38]], np.float32), np.array([0, 1]))
     assert (found.accuracy, found.nll) == (1, 0)
     assert evaluate.from_logits(np.array([[1e4, 0]], np.float32), np.array([1])).nll == 1e4
+
+
+def test_without_rotations_all_experts_are_the_prototype(key):
+    config = make_model(form="tied")
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape), vit.init_params(config, key))
+    still = evaluate.without_rotations(params)
+    changed = {
+        components.path_of(path).split("/")[-1]
+        for (path, before), after in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(still), strict=True
+        )
+        if not np.array_equal(before, after)
+    }
+    assert changed == {"theta_angles", "phi_angles"}
+    ffn = still["segment_0"]["block_0"]["ffn"]
+    assert not ffn["theta_angles"].any()
+    images = jax.random.uniform(key, (3, 8, 8, 1))
+    logits, _ = vit.apply(config, still, images)
+    # Whichever experts a token is sent to, it meets the same matrix.
+    still["segment_0"]["block_0"]["ffn"]["router"]["kernel"] = -ffn["router"]["kernel"]
+    np.testing.assert_allclose(vit.apply(config, still, images)[0], logits, atol=1e-4)
+    assert np.abs(vit.apply(config, params, images)[0] - logits).max() > 1e-3
