@@ -2,8 +2,8 @@
 
 PNG, JPEG and whatever else Pillow reads with 8 or 16 bits a channel are turned upright, laid over white where they are
 transparent, converted to grey or RGB as the model has 1 or 3 channels, cut to a square in the middle and resized to the
-model's size. Arrays (.npy) are taken as they are: (H, W), (H, W, c) or
-(n, H, W, c) of the model's size, uint8 from 0 to 255 or floating from 0 to 1.
+model's size. Arrays (.npy) are taken as they are: (H, W, c) or (n, H, W, c) of the model's size, for grey models also
+(H, W) or (n, H, W), uint8 from 0 to 255 or floating from 0 to 1.
 
 Axes: n images, H and W pixels, c channels.
 """
@@ -81,12 +81,12 @@ def _picture(path: Path, image: Image.Image, model: ModelConfig) -> Loaded:
 
 def _arrays(path: Path, array: np.ndarray, model: ModelConfig) -> list[Loaded]:
     name = f"image {str(path)!r}"
-    wanted = (model.image_size, model.image_size, model.channels)
-    if array.ndim == 2:
+    shape, wanted = array.shape, (model.image_size, model.image_size, model.channels)
+    if model.channels == 1 and array.shape != wanted and array.ndim in (2, 3):
         array = array[..., None]
     stack = array[None] if array.ndim == 3 else array
     if stack.shape[1:] != wanted:
-        raise ConfigError(f"{name}: its shape is {array.shape}; this model needs {wanted}, or several of them")
+        raise ConfigError(f"{name}: its shape is {shape}; this model needs {wanted}, or several of them")
     if stack.dtype == np.uint8:
         stack = stack.astype(np.float32) / 255
     elif not np.issubdtype(stack.dtype, np.floating):

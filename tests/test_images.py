@@ -102,6 +102,9 @@ def test_arrays_of_every_shape_and_both_dtypes(tmp_path, pixels):
     first, second = images.load(tmp_path / "many.npy", GREY)
     assert (first.name, second.name) == (f"{tmp_path / 'many.npy'}[0]", f"{tmp_path / 'many.npy'}[1]")
     np.testing.assert_array_equal(second.pixels, 1 - exact)
+    np.save(tmp_path / "grey.npy", np.stack([pixels] * 8))
+    assert len(images.load(tmp_path / "grey.npy", GREY)) == 8
+    np.testing.assert_array_equal(images.load(tmp_path / "grey.npy", GREY)[7].pixels, exact)
     np.save(tmp_path / "one.npy", exact[None])
     assert images.load(tmp_path / "one.npy", GREY)[0].name == f"{tmp_path / 'one.npy'}[0]"
     np.save(tmp_path / "none.npy", np.zeros((0, 8, 8, 1), np.float32))
@@ -111,7 +114,7 @@ def test_arrays_of_every_shape_and_both_dtypes(tmp_path, pixels):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((9, 8), np.uint8), r"its shape is \(9, 8, 1\); this model needs \(8, 8, 1\)"),
+        (np.zeros((9, 8), np.uint8), r"its shape is \(9, 8\); this model needs \(8, 8, 1\)"),
         (np.zeros((8, 8, 3), np.uint8), r"its shape is \(8, 8, 3\)"),
         (np.zeros(64, np.uint8), r"its shape is \(64,\)"),
         (np.zeros((1, 2, 8, 8, 1), np.uint8), "its shape is"),
