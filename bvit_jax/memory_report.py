@@ -75,10 +75,7 @@ def write_energy(config: Config, rest: Storage, images: Sequence[int], directory
 
 def _few_variants(rest: Storage) -> list[Variant]:
     """Lists standard mixtures and butterflies in the formats that are likely to be deployed."""
-    standard = [Variant("standard", "separate", dataclasses.replace(rest, experts=e)) for e in STANDARD_FORMATS]
-    standard[0] = Variant(
-        "standard", "separate", dataclasses.replace(rest, router="float32")
-    )  # that of the mixture that all are compared with
+    standard = [scaling.standard(rest, experts) for experts in STANDARD_FORMATS]
     return standard + [Variant("butterfly", form, dataclasses.replace(rest, angle_bits=8)) for form in FORMS]
 
 

@@ -97,12 +97,17 @@ class Growth:
 def all_variants(rest: Storage) -> list[Variant]:
     """Lists dense, standard and butterfly in all their number formats; what they do not vary is as in `rest`."""
     kinds = [Variant("dense", "separate", dataclasses.replace(rest, experts="float32"))]
-    for experts in precision.PRECISIONS:
-        kinds.append(Variant("standard", "separate", dataclasses.replace(rest, experts=experts)))
+    kinds += [standard(rest, experts) for experts in precision.PRECISIONS]
     for form in get_args(Form):
         for bits in packing.ANGLE_BITS:
             kinds.append(Variant("butterfly", form, dataclasses.replace(rest, angle_bits=bits)))
     return kinds
+
+
+def standard(rest: Storage, experts: precision.Precision) -> Variant:
+    """Returns the standard mixture of this format; in float32 its router is too: the mixture all are compared with."""
+    router = "float32" if experts == "float32" else rest.router
+    return Variant("standard", "separate", dataclasses.replace(rest, experts=experts, router=router))
 
 
 def points(config: Config, variants: Sequence[Variant], experts: Sequence[int]) -> list[Point]:

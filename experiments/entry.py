@@ -2,8 +2,10 @@
 
 import functools
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, logging
 
@@ -41,13 +43,22 @@ def run(main: Main, positional: bool = False, resumes: bool = False) -> None:
     app.run(wrapped)
 
 
+def read_config(flag: Any) -> dict[str, Any]:
+    """Returns the content of a configuration file's flag as nested dicts; raises ConfigError if it cannot be read."""
+    try:
+        return flag.value.to_dict()
+    except OSError as error:
+        gist = str(error).splitlines()[-1].strip()
+        raise ConfigError(f"config: the file cannot be read ({gist})") from None
+
+
 def make_directory(flag: str, value: str) -> Path:
     """Makes the directory that a flag names; raises ConfigError if that cannot be done."""
     directory = Path(value)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / ".writable").touch()
-        (directory / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=directory):
+            pass
     except OSError as error:
         raise ConfigError(f"{flag} = {value!r}: it must be a directory that can be written to ({error})") from None
     return directory

@@ -35,6 +35,7 @@ _ANGLE_BITS = flags.DEFINE_list("angle_bits", [], "Bits an angle, comma between:
 _WITHOUT_ROTATIONS = flags.DEFINE_bool(
     "without_rotations", False, "Score the runs with every angle 0 as well: what the rotations give."
 )
+flags.adopt_module_key_flags(storage_flags)
 _OUT = flags.DEFINE_string("out", None, "A directory for evaluation.csv and evaluation.json.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
@@ -63,7 +64,7 @@ class Scored:
 def main(argv: Sequence[str]) -> None:
     """Scores what the flags name and prints a line each."""
     del argv
-    runs = [name for name in _WORKDIR.value if name]
+    runs = list(dict.fromkeys(name for name in _WORKDIR.value if name))
     require(bool(_MODEL.value) != bool(runs), "model, workdir", (_MODEL.value, runs), "given, exactly one of them")
     bits = [_bits(text) for text in _ANGLE_BITS.value]
     repack = bool(bits) or storage_flags.any_given()
@@ -101,10 +102,12 @@ def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) 
     splits: dict[DataConfig, data.Split] = {}
     for name in tqdm(runs, unit="run", disable=None if len(runs) > 1 else True, leave=False):
         config, _, params = checkpoints.best_params(Path(name))
+        rotates = config.model.family == "butterfly" or not (bits or _WITHOUT_ROTATIONS.value)
+        require(rotates, "workdir", name, "the run of a butterfly, for only these have angles")
         split = splits.setdefault(config.data, _split(config.data))
         if _WITHOUT_ROTATIONS.value:
             still = _trained(name, config, evaluate.without_rotations(params), split)
-            rows.append(dataclasses.replace(still, numbers="every angle 0"))
+            rows.append(dataclasses.replace(still, numbers="as trained, every angle 0"))
         if not repack:
             rows.append(_trained(name, config, params, split))
             continue
@@ -128,16 +131,9 @@ def _packed(config: Config, params: Any, storage: Storage) -> packed.PackedModel
 
 def _score(model: packed.PackedModel, source: str, split: data.Split) -> Scored:
     found = evaluate.from_logits(model(split.images, _BATCH_SIZE.value), split.labels)
-    numbers = _numbers(model.storage, model.config.model.family)
+    numbers = storage_flags.describe(model.storage, model.config.model.family)
     sizes = model.ledger
     return Scored(source, numbers, sizes.bytes_full, sizes.bytes_full_ffn, found.accuracy, found.nll, found.count)
-
-
-def _numbers(storage: Storage, family: str) -> str:
-    first = f"{storage.angle_bits}-bit angles" if family == "butterfly" else f"experts {storage.experts}"
-    parts = [first, f"router {storage.router}"]
-    parts += [f"backbone {storage.backbone}"] if storage.backbone != "float32" else []
-    return ", ".join(parts)
 
 
 def _trained(source: str, config: Config, params: Any, split: data.Split) -> Scored:

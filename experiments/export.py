@@ -21,6 +21,7 @@ from bvit_jax.model_config import ConfigError, require
 from experiments import entry, storage_flags, tables
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of a run of experiments.train.")
+flags.adopt_module_key_flags(storage_flags)
 _OUT = flags.DEFINE_string("out", None, "The file to write, e.g. model.safetensors; its folder is made if absent.")
 _ANGLE_BITS = flags.DEFINE_integer("angle_bits", None, "Bits an angle, 32, 16, 8, 6 or 4; as trained if left out.")
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         f"mixture layers {standard.bytes_full_ffn / ledger.bytes_full_ffn:.1f}x, "
         f"whole file {standard.bytes_full / ledger.bytes_full:.1f}x"
     )
-    print(f"checkpoint of step {step}; {chosen.angle_bits}-bit angles, {storage_flags.describe(chosen)}")
+    print(f"checkpoint of step {step}; {storage_flags.describe(chosen, config.model.family)}")
     print(f"logits of the file against the trained model so rounded, {CHECK_IMAGES} images: within {difference:.1e}")
     print(f"written: {out}, {out.stat().st_size:,} bytes, SHA-256 {loaded.digest[:16]}...")
 

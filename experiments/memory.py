@@ -14,10 +14,12 @@ from rich.table import Table
 
 from bvit_jax import config, devices, energy, memory_report, scaling
 from bvit_jax.model_config import require
+from bvit_jax.storage import Storage
 from experiments import entry, storage_flags, tables
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/paper.py.")
 _EXPERTS = flags.DEFINE_list("experts", [str(2**power) for power in range(13)], "Numbers of experts, comma between.")
+flags.adopt_module_key_flags(storage_flags)
 _OUT = flags.DEFINE_string("out", None, "The directory to write to; made if absent.")
 IMAGES = (1, 128)
 """Images a step, for the energy."""
@@ -26,16 +28,17 @@ IMAGES = (1, 128)
 def main(argv: Sequence[str]) -> None:
     """Writes the report and prints its tables for the largest number of experts up to 64."""
     del argv
-    resolved = config.resolve(_CONFIG.value.to_dict())
+    resolved = config.resolve(entry.read_config(_CONFIG))
     experts = _numbers(_EXPERTS.value)
     rest = storage_flags.given(resolved.model)
     out = entry.make_directory("out", str(_OUT.value))
     points = memory_report.write(resolved, rest, experts, out)
     shown = max([number for number in experts if number <= 64] or experts[:1])
     listed = [p for p in points if p.num_experts == shown or p.variant.family == "dense"]
-    print(f"{memory_report.describe(resolved)}, {shown} experts, {storage_flags.describe(rest)}.")
+    print(f"{memory_report.describe(resolved)}, {shown} experts, {_describe(rest)}.")
     print("MB are 10^6 bytes. paper: the paper's formula; FFN: mixture layers, every byte; file: the whole file;")
-    print("x: bytes of the float32 standard mixture over it; E^: exponent of the growth of FFN with the experts.")
+    print("x: bytes of the float32 standard mixture of as many experts over it (dense: of one); E^: exponent of the")
+    print("growth of FFN with the experts.")
     tables.show(tables.memory_table(listed, scaling.growth(points)))
     print(f"Most experts whose file fits the flash and whose activations fit the RAM, backbone {rest.backbone}:")
     tables.show(_devices(memory_report.write_devices(resolved, rest, out)))
@@ -68,6 +71,11 @@ def _energies(rows: Sequence[energy.Comparison]) -> Table:
             cells += [f"{row.total / 1e9:,.2f}", *[f"{100 * saving:.2f}" for saving in savings]]
         made.add_row(variant, *cells)
     return made
+
+
+def _describe(rest: Storage) -> str:
+    trits = "5 trits a byte" if rest.trits == "base3" else "2 bits a trit"
+    return f"router {rest.router}, dense matrices {rest.experts}, backbone {rest.backbone}, {trits}"
 
 
 def _numbers(listed: Sequence[str]) -> tuple[int, ...]:

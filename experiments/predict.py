@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     """Prints the classes of each image with their probabilities."""
     paths = argv[1:]
     require(bool(paths), "IMAGE", "", "one file or more: PNG, JPEG or .npy")
+    require(bool(_MODEL.value), "model", _MODEL.value, "a packed file")
     model = packed.load(str(_MODEL.value))
     loaded = [image for path in paths for image in images.load(Path(path), model.config.model)]
     require(bool(loaded), "IMAGE", " ".join(paths), "files that hold an image")

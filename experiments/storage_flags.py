@@ -20,7 +20,7 @@ _FORMATS = {
     "backbone": _define("backbone", "the kernels of attention, patches and head", BackbonePrecision, "float32"),
     "experts": _define(
         "experts_format",
-        "stored experts, dense FFNs and the projection of the reference form",
+        "stored experts, dense FFNs and the projection of the reference form, where there are such",
         precision.Precision,
         "float32",
     ),
@@ -43,7 +43,10 @@ def given(model: ModelConfig) -> Storage:
     return dataclasses.replace(Storage(router=model.router_precision), **values)
 
 
-def describe(storage: Storage) -> str:
-    """Says in a few words what the flags set, where it matters to a butterfly."""
-    trits = "5 trits a byte" if storage.trits == "base3" else "2 bits a trit"
-    return f"router {storage.router}, backbone {storage.backbone}, {trits}"
+def describe(storage: Storage, family: str) -> str:
+    """Says in a few words how a model of this family is stored; most defaults go unsaid."""
+    parts = [f"{storage.angle_bits}-bit angles" if family == "butterfly" else f"experts {storage.experts}"]
+    parts += [f"router {storage.router}"] if family != "dense" else []
+    parts += [f"dense matrices {storage.experts}"] if family == "butterfly" and storage.experts != "float32" else []
+    parts += [f"backbone {storage.backbone}"] if storage.backbone != "float32" else []
+    return ", ".join(parts + (["2 bits a trit"] if storage.trits != "base3" else []))

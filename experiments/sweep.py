@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs what is unfinished of a sweep and writes its tables and pictures."""
     del argv
     require(_JOBS.value >= 0, "jobs", _JOBS.value, "0 or more")
-    raw = _CONFIG.value.to_dict()
+    raw = entry.read_config(_CONFIG)
     for section in ("base", "grid", "memory_base"):
         require(section in raw, f"config.{section}", None, "there: a sweep has base, grid and memory_base")
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem

@@ -23,7 +23,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; made if ab
 def main(argv: Sequence[str]) -> None:
     """Trains, and prints the gist of `result.json`."""
     del argv
-    resolved = config.resolve(_CONFIG.value.to_dict())
+    resolved = config.resolve(entry.read_config(_CONFIG))
     workdir = Path(str(_WORKDIR.value))
     print(f"run {resolved.digest()} in {workdir}")
     result = train.run(resolved, workdir)

@@ -82,6 +82,19 @@ def test_help_says_how_to_start():
         assert "--workdir" in shown or "--model" in shown or "--out" in shown
 
 
+def test_arguments_that_are_no_flags_are_refused(tmp_path):
+    found = train(tmp_path / "run", "stray")
+    assert found.returncode != 0
+    assert "unexpected arguments: stray" in found.stdout + found.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_formats_are_in_the_help_of_all_that_take_them():
+    for name in ("export", "evaluate", "memory"):
+        shown = start(f"experiments.{name}", "--help").stdout
+        assert all(f"--{flag}" in shown for flag in ("router", "backbone", "experts_format", "trits"))
+
+
 def children_of(pid: int) -> list[int]:
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(word) for word in listed.split()]

@@ -23,7 +23,8 @@ def test_every_family_form_and_format_is_listed_once():
     names += [f"butterfly {form} {bits}-bit" for form in ("separate", "tied", "reference") for bits in BITS]
     assert [variant.name for variant in variants] == names
     for variant in variants:
-        assert (variant.storage.router, variant.storage.backbone, variant.storage.trits) == ("int8", "bfloat16", "2bit")
+        router = "float32" if variant.name == "standard float32" else "int8"
+        assert (variant.storage.router, variant.storage.backbone, variant.storage.trits) == (router, "bfloat16", "2bit")
 
 
 def test_points_agree_with_the_ledger():
@@ -119,5 +120,6 @@ def test_the_report_of_a_model(tmp_path):
     assert [row["images"] for row in rows] == [1] * 5 + [2] * 5
     assert rows[0]["variant"] == "standard float32"
     assert rows[0]["saving"] == rows[0]["saving_weights"] == 0
+    assert {row["variant"] for row in rows[3:5]} == {"butterfly separate 8-bit", "butterfly tied 8-bit"}
     assert len((tmp_path / "energy.csv").read_text().splitlines()) == 11
     assert memory_report.describe(config) == "2 mixture layers, d_model 64, d_ff 128, 2 stages"
