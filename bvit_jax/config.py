@@ -7,9 +7,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
-from bvit_jax.model_config import VARIANTS, ConfigError, ModelConfig, VitShape, require
+from bvit_jax.model_config import VARIANTS, ConfigError, ModelConfig, VitShape, require, require_choice
 
 DataName = Literal["digits", "procedural"]
 LARGEST_INTEGER = 2**53
@@ -43,7 +43,7 @@ class DataConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        require(self.name in get_args(DataName), "data.name", self.name, " or ".join(get_args(DataName)))
+        require_choice("data.name", self.name, get_args(DataName))
         for field in ("image_size", "channels", "num_classes", "num_train", "num_validation", "num_test"):
             require(getattr(self, field) >= 1, f"data.{field}", getattr(self, field), "at least 1")
         for field in ("max_shift", "noise", "seed"):
@@ -223,9 +223,5 @@ def _build(cls: type[Any], section: str, fields: dict[str, Any]) -> Any:
             require(valid and abs(value) < LARGEST_INTEGER, prefix + name, value, WANTED_NUMBER[kind])
         elif kind is str:
             require(isinstance(value, str), prefix + name, value, "text")
-        elif get_origin(kind) is Literal:
-            choices = get_args(kind)
-            valid = type(value) is type(choices[0]) and value in choices
-            require(valid, prefix + name, value, " or ".join(map(str, choices)))
         checked[name] = value
     return cls(**checked)

@@ -87,6 +87,8 @@ def describe(config: Config) -> str:
 
 
 def _growth_row(found: Growth) -> dict[str, Any]:
-    variant = found.variant
-    key = {"family": variant.family, "form": variant.form_name, "numbers": variant.numbers}
-    return key | {"exponent": found.exponent, "last": found.last, "bytes_per_expert": found.bytes_per_expert}
+    return found.variant.key() | {
+        "exponent": found.exponent,
+        "last": found.last,
+        "bytes_per_expert": found.bytes_per_expert,
+    }

@@ -1,6 +1,7 @@
 """What a model is: its shape, the kind of its feed-forward layers, its numerics. Plain data, checked when made."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from bvit_jax import butterfly, packing, precision
@@ -95,9 +96,7 @@ class ModelConfig:
             "router_precision": get_args(precision.RouterPrecision),
             "compute_dtype": get_args(ComputeDtype),
         }.items():
-            value = getattr(self, field)
-            valid = value in choices and type(value) is type(choices[0])
-            require(valid, f"model.{field}", value, " or ".join(map(str, choices)))
+            require_choice(f"model.{field}", getattr(self, field), choices)
         for field in (
             *("num_experts", "top_k", "num_stages", "image_size", "patch_size", "num_layers", "d_model", "d_ff"),
             *("num_heads", "channels", "num_classes"),
@@ -193,3 +192,9 @@ def require(condition: bool, field: str, value: object, wanted: str) -> None:
     """Raises ConfigError naming `field`, its `value` and what is `wanted`, unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{field} = {value!r}: it must be {wanted}")
+
+
+def require_choice(field: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ConfigError unless `value` is one of `choices`, and of their type: neither 8.0 nor True is an integer."""
+    valid = value in choices and type(value) is type(choices[0])
+    require(valid, field, value, " or ".join(map(str, choices)))

@@ -97,7 +97,8 @@ def read(path: Path) -> Packed:
 
 def unpack(raw: bytes) -> Packed:
     """Reads the bytes of a packed file; raises as `read`."""
-    content = _metadata(raw)
+    text = _text(raw)
+    content = _content(text)
     if content["version"] != file_format.VERSION:
         raise PackedFileError(f"format version {content['version']!r}; this library reads {file_format.VERSION}")
     digest = content["digest"]
@@ -108,7 +109,7 @@ def unpack(raw: bytes) -> Packed:
     if len(raw) != ledger.bytes_full:
         raise PackedFileError(f"{len(raw)} bytes; the model in its header takes {ledger.bytes_full}")
     # Equal to the letter, so that there is one text for one content, and none that can be read in two ways.
-    if _text(raw) != memory.metadata(config, storage, ledger, digest):
+    if text != memory.metadata(config, storage, ledger, digest):
         raise PackedFileError("its metadata is not what this library writes for the model in it")
     arrays: dict[str, np.ndarray] = {}
     try:
@@ -143,8 +144,7 @@ def _text(raw: bytes) -> str:
     return text
 
 
-def _metadata(raw: bytes) -> dict[str, Any]:
-    text = _text(raw)
+def _content(text: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

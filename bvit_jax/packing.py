@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bvit_jax import ternary
+
 AngleBits = Literal[32, 16, 8, 6, 4]
 """Bits an angle; 32 is a float32, not rounded to the circle."""
 ANGLE_BITS: tuple[AngleBits, ...] = get_args(AngleBits)
@@ -128,6 +130,5 @@ def quantise_angles(angles: jax.Array, bits: int) -> jax.Array:
     """Returns the angles as stored, with the gradient of the identity (straight-through); unchanged for 32 bits."""
     if bits == 32:
         return angles
-    stored = angles_of(angle_codes(jax.lax.stop_gradient(angles), bits), bits).astype(angles.dtype)
-    # angles - stop_gradient(angles) is exactly zero, so the value is the stored one to the last bit.
-    return stored + (angles - jax.lax.stop_gradient(angles))
+    stored = angles_of(angle_codes(jax.lax.stop_gradient(angles), bits), bits)
+    return ternary.straight_through(stored.astype(angles.dtype), angles)

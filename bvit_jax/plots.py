@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bvit_jax.scaling import Point, Variant, growth
+from bvit_jax.scaling import Point, by_variant, growth
 from bvit_jax.sweep import Summary
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell the series apart without colour.
@@ -123,13 +123,11 @@ def _accuracy_against_bytes(figure: Figure, summaries: Sequence[Summary]) -> Non
 
 
 def _memory(figure: Figure, points: Sequence[Point], title: str) -> None:
-    kinds = list(dict.fromkeys(_kind(p) for p in points if p.variant.family != "dense"))
+    kinds = list(dict.fromkeys(p.variant.kind for p in points if p.variant.family != "dense"))
     exponents = {g.variant: g.exponent for g in growth(points)}
     panels = figure.subplots(-(-len(kinds) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
     for axes, kind in zip(panels, kinds, strict=False):
-        lines: dict[Variant, list[Point]] = {}
-        for point in (p for p in points if _kind(p) == kind):
-            lines.setdefault(point.variant, []).append(point)
+        lines = by_variant(p for p in points if p.variant.kind == kind)
         for index, (variant, line) in enumerate(lines.items()):
             experts = [p.num_experts for p in line]
             slope = f", fit E^{exponents[variant]:.2f}" if variant in exponents else ""
@@ -148,10 +146,6 @@ def _memory(figure: Figure, points: Sequence[Point], title: str) -> None:
     figure.supxlabel("experts E", fontsize=9)
     figure.supylabel("mixture layers (MB); solid: full, dotted: paper", fontsize=9)
     figure.suptitle(title, fontsize=10)
-
-
-def _kind(point: Point) -> str:
-    return f"{point.variant.family} {point.variant.form_name.strip('-')}".strip()
 
 
 def _accuracy(line: Sequence[Summary]) -> tuple[np.ndarray, np.ndarray]:

@@ -103,5 +103,4 @@ def quantise(w_IxO: jax.Array, precision: Precision) -> jax.Array:
         stored = fixed.astype(jnp.bfloat16).astype(w_IxO.dtype)
     else:
         stored = from_levels(*levels(fixed, precision), precision)
-    # w - stop_gradient(w) is exactly zero, so the value is the stored one to the last bit.
-    return stored + (w_IxO - fixed)
+    return ternary.straight_through(stored, w_IxO)

@@ -1,7 +1,7 @@
 """Curves of bytes against experts, for every family, form and number format, counted from shapes alone."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -37,9 +37,18 @@ class Variant:
         return f"{self.storage.angle_bits}-bit" if self.family == "butterfly" else self.storage.experts
 
     @property
+    def kind(self) -> str:
+        """Family and form, for people."""
+        return f"{self.family} {self.form}" if self.family == "butterfly" else self.family
+
+    @property
     def name(self) -> str:
         """A name for people."""
-        return " ".join(part for part in (self.family, self.form_name.strip("-"), self.numbers) if part)
+        return f"{self.kind} {self.numbers}"
+
+    def key(self) -> dict[str, Any]:
+        """Returns the columns that say which variant it is."""
+        return {"family": self.family, "form": self.form_name, "numbers": self.numbers}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +69,7 @@ class Point:
 
     def key(self) -> dict[str, Any]:
         """Returns the columns that say which point it is."""
-        v = self.variant
-        return {"family": v.family, "form": v.form_name, "numbers": v.numbers, "num_experts": self.num_experts}
+        return self.variant.key() | {"num_experts": self.num_experts}
 
     def totals(self) -> dict[str, Any]:
         """Returns the row of a table of totals: bytes, and how many times the standard mixture's they go into."""
@@ -128,12 +136,18 @@ def with_experts(config: Config, variant: Variant, num_experts: int) -> Config:
     return dataclasses.replace(config, model=model.canonical())
 
 
-def growth(points_: Sequence[Point]) -> list[Growth]:
-    """Fits the growth of each variant that has two numbers of experts or more."""
+def by_variant(points_: Iterable[Point]) -> dict[Variant, list[Point]]:
+    """Groups points into one line a variant, in the order in which they come."""
     lines: dict[Variant, list[Point]] = {}
     for point in points_:
         lines.setdefault(point.variant, []).append(point)
-    return [_growth(variant, line) for variant, line in lines.items() if len({p.num_experts for p in line}) > 1]
+    return lines
+
+
+def growth(points_: Iterable[Point]) -> list[Growth]:
+    """Fits the growth of each variant that has two numbers of experts or more."""
+    lines = by_variant(points_).items()
+    return [_growth(variant, line) for variant, line in lines if len({p.num_experts for p in line}) > 1]
 
 
 def _growth(variant: Variant, line: Sequence[Point]) -> Growth:

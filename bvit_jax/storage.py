@@ -18,11 +18,11 @@ import numpy as np
 
 from bvit_jax import components, packing, precision, vit
 from bvit_jax.components import Component
-from bvit_jax.model_config import ModelConfig, require
+from bvit_jax.model_config import ModelConfig, require_choice
 
 Dtype = Literal["F32", "BF16", "U16", "U8"]
 BackbonePrecision = Literal["float32", "bfloat16", "int8"]
-Encoding = Literal["angles", "float32", "bfloat16", "int8", "int4", "int2", "ternary"]
+Encoding = Literal["angles"] | precision.Precision
 NUMPY_DTYPE: dict[Dtype, Any] = {"F32": np.float32, "BF16": jnp.bfloat16, "U16": np.uint16, "U8": np.uint8}
 
 
@@ -52,9 +52,7 @@ class Storage:
             "backbone": get_args(BackbonePrecision),
             "trits": get_args(precision.TritPacking),
         }.items():
-            value = getattr(self, field)
-            valid = value in choices and type(value) is type(choices[0])
-            require(valid, f"storage.{field}", value, " or ".join(map(str, choices)))
+            require_choice(f"storage.{field}", getattr(self, field), choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,7 @@ def _stored(path: str, shape: tuple[int, ...], model: ModelConfig, storage: Stor
         dtype: Dtype = "U16" if storage.angle_bits == 16 else "U8"
         values = Tensor(f"{path}.codes", dtype, (*shape[:-1], width))
         return StoredParam(path, component, shape, encoding, (0, 0), values, None)
-    if encoding == "float32" or encoding == "bfloat16":
+    if not precision.is_packed(encoding):
         values = Tensor(path, "F32" if encoding == "float32" else "BF16", shape)
         return StoredParam(path, component, shape, encoding, (0, 0), values, None)
     lead, (inputs, outputs) = _matrices(path, component, shape)
@@ -195,9 +193,8 @@ def _encode(leaf: jax.Array, stored: StoredParam, model: ModelConfig, storage: S
     if stored.encoding == "angles":
         codes = packing.pack_codes(packing.angle_codes(leaf, storage.angle_bits), storage.angle_bits)
         return {stored.values.name: codes}
-    if stored.encoding == "float32" or stored.encoding == "bfloat16":
+    if stored.scale is None:
         return {stored.values.name: np.asarray(leaf, NUMPY_DTYPE[stored.values.dtype])}
-    assert stored.scale is not None
     matrices = leaf.reshape(*stored.values.shape[:-1], *stored.matrix)
     kind: Any = model.ternary_scale if stored.component == "prototype" else "row"
     levels, scale = precision.levels(matrices, stored.encoding, kind)
@@ -222,9 +219,8 @@ def decode(stored: StoredParam, arrays: Mapping[str, Any], storage: Storage) -> 
     if stored.encoding == "angles":
         codes = packing.unpack_codes(values, storage.angle_bits, stored.shape[-1])
         return packing.angles_of(codes, storage.angle_bits)
-    if stored.encoding == "float32" or stored.encoding == "bfloat16":
+    if stored.scale is None:
         return values.astype(jnp.float32)
-    assert stored.scale is not None
     levels = precision.unpack(values, stored.matrix, stored.encoding, storage.trits)
     scale = jnp.asarray(arrays[stored.scale.name])[..., None, :]
     tail = stored.shape[len(stored.values.shape) - 1 :]

@@ -59,8 +59,13 @@ def ternarise(w_IxO: jax.Array, kind: ScaleKind = "row") -> tuple[jax.Array, jax
 def quantise(w_IxO: jax.Array, kind: ScaleKind = "row") -> jax.Array:
     """Returns W_q = trits * scale, with the gradient of the identity; arguments as in `ternarise`."""
     trits, scale = ternarise(jax.lax.stop_gradient(w_IxO), kind)
-    # w - stop_gradient(w) is exactly zero, so the value is W_q to the last bit.
-    return trits * scale + (w_IxO - jax.lax.stop_gradient(w_IxO))
+    return straight_through(trits * scale, w_IxO)
+
+
+def straight_through(rounded: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns `rounded`, a rounding of `w` through which no gradient flows, with the gradient of `w`."""
+    # w - stop_gradient(w) is exactly zero, so the value is the rounded one to the last bit.
+    return rounded + (w - jax.lax.stop_gradient(w))
 
 
 def statistics(w_IxO: jax.Array, kind: ScaleKind = "row") -> TernaryStats:

@@ -9,6 +9,7 @@ would be; several runs (--workdir=A,B,C) give a row each and their mean.
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -74,8 +75,7 @@ def main(argv: Sequence[str]) -> None:
     rows = [_file(Path(_MODEL.value))] if _MODEL.value else _runs(runs, bits, repack)
     content = [dataclasses.asdict(row) for row in rows]
     if out is not None:
-        files.write_text(out / "evaluation.csv", files.to_csv(content))
-        files.write_json(out / "evaluation.json", content)
+        files.write_rows(out / "evaluation.csv", content)
     if _JSON.value:
         print(json.dumps(content, indent=2))
         return
@@ -99,12 +99,11 @@ def _file(path: Path) -> Scored:
 
 def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) -> list[Scored]:
     rows = []
-    splits: dict[DataConfig, data.Split] = {}
     for name in tqdm(runs, unit="run", disable=None if len(runs) > 1 else True, leave=False):
         config, _, params = checkpoints.best_params(Path(name))
         rotates = config.model.family == "butterfly" or not (bits or _WITHOUT_ROTATIONS.value)
         require(rotates, "workdir", name, "the run of a butterfly, for only these have angles")
-        split = splits.setdefault(config.data, _split(config.data))
+        split = _split(config.data)
         if _WITHOUT_ROTATIONS.value:
             still = _trained(name, config, evaluate.without_rotations(params), split)
             rows.append(dataclasses.replace(still, numbers="as trained, every angle 0"))
@@ -118,6 +117,7 @@ def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) 
     return rows
 
 
+@functools.cache
 def _split(config: DataConfig) -> data.Split:
     return getattr(data.load(config), _SPLIT.value)
 

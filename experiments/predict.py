@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> None:
     size = min(_BATCH_SIZE.value, len(loaded))
     starts = range(0, len(loaded), size)
     bar = tqdm(starts, unit="batch", disable=None if len(starts) > 1 else True, leave=False)
-    chunks = [np.stack([image.pixels for image in loaded[start : start + size]]) for start in bar]
-    probabilities = np.concatenate([model.probabilities(chunk, size) for chunk in chunks])
+    pixels = np.stack([image.pixels for image in loaded])
+    probabilities = np.concatenate([model.probabilities(pixels[start : start + size], size) for start in bar])
     if _JSON.value:
         rows = [_row(image, found) for image, found in zip(loaded, probabilities, strict=True)]
         print(json.dumps(rows, indent=2))
