@@ -129,6 +129,8 @@ def _best(directory: Path, config: Config, name: str) -> tuple[int, Any]:
             raise ConfigError(f"{name}: the checkpoint of step {step} cannot be read: {str(error)[:200]}") from None
 
 
-def abstract_state(state: TrainState, placement: jax.sharding.Sharding) -> TrainState:
-    """Describes a state to be restored with every array placed as told."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), state)
+def abstract_state(state: TrainState, shardings: Any) -> TrainState:
+    """Describes a state to be restored, every array where `shardings` says; a single one stands for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, state)
+    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, shardings)

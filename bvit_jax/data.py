@@ -104,19 +104,20 @@ def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> np.
     return indices
 
 
-def train_batch(split: Split, batch_size: int, seed: int, step: int) -> Batch:
-    """Returns the batch of one training step, a pure function of its arguments."""
-    index = batch_indices(len(split), batch_size, seed, step)
-    return Batch(split.images[index], split.labels[index], np.ones(batch_size, np.float32))
+def train_batch(split: Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> Batch:
+    """Returns the places `rows` of the batch of one training step, a pure function of its arguments."""
+    index = batch_indices(len(split), batch_size, seed, step)[rows]
+    return Batch(split.images[index], split.labels[index], np.ones(len(rows), np.float32))
 
 
-def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
-    """Yields every image of a split once, in order, in batches of equal size; the last is padded with weight 0."""
+def eval_batches(split: Split, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
+    """Yields the places `rows` of batches of equal size, which hold every image of a split once, in order.
+
+    The last is padded with images of zeros and weight 0.
+    """
     for start in range(0, len(split), batch_size):
-        images, labels = split.images[start : start + batch_size], split.labels[start : start + batch_size]
-        missing = batch_size - len(labels)
-        yield Batch(
-            np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]),
-            np.pad(labels, (0, missing)),
-            np.pad(np.ones(len(labels), np.float32), (0, missing)),
-        )
+        places = start + rows
+        real = places < len(split)
+        index = np.where(real, places, 0)
+        weights = real.astype(np.float32)
+        yield Batch(split.images[index] * weights[:, None, None, None], split.labels[index] * real, weights)

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from bvit_jax import components, data, sharding, ternary, train_step
+from bvit_jax import components, data, ternary, train_step
 from bvit_jax.model_config import ModelConfig
+from bvit_jax.sharding import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,20 +51,22 @@ class Evaluation:
         return row
 
 
-def evaluate(params: Any, config: ModelConfig, split: data.Split, batch_size: int, mesh: Mesh) -> Evaluation:
+def evaluate(params: Any, config: ModelConfig, split: data.Split, batch_size: int, placement: Placement) -> Evaluation:
     """Runs the model over every image of `split`; sums are formed in float64.
 
     Args:
         params: as `vit.init_params`.
         config: the model they belong to.
         split: any number of images; the last batch is padded and masked.
-        batch_size: images a batch, a multiple of the mesh's devices.
-        mesh: devices to run on.
+        batch_size: images a batch, over all processes; a multiple of the devices.
+        placement: devices to run on; in a run of several processes all of them call this.
     """
-    step = train_step.make_eval_step(config, mesh)
+    step = train_step.make_eval_step(config, placement)
+    rows = placement.host_rows(batch_size)
     total: Any = None
-    for batch in data.eval_batches(split, batch_size):
-        sums = step(params, *sharding.put_batch((batch.images, batch.labels, batch.weights), mesh))
+    for batch in data.eval_batches(split, batch_size, rows):
+        arrays = (batch.images, batch.labels, batch.weights)
+        sums = step(params, *placement.put_batch(arrays, rows, batch_size))
         sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     count = float(total.count)

@@ -46,26 +46,34 @@ class JsonLines:
 class RunLog:
     """Writes a run's `metrics.jsonl`, `timing.jsonl` and TensorBoard events.
 
-    On the same devices and library versions `metrics.jsonl` is a function of the configuration alone.
+    On the same devices and library versions `metrics.jsonl` is a function of the configuration alone. One that is not
+    `active` writes nothing: of several processes, one does.
     """
 
-    def __init__(self, workdir: Path, last_step: int) -> None:
+    def __init__(self, workdir: Path, last_step: int, active: bool = True) -> None:
+        self._active = active
+        if not active:
+            return
         self._metrics = JsonLines(workdir / "metrics.jsonl", last_step)
         self._timing = JsonLines(workdir / "timing.jsonl", last_step)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
 
     def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Records values of one split at one step; TensorBoard takes the numbers among them."""
-        self._metrics.write({"step": step, "split": split, **values})
-        self._scalars(step, split, values)
+        if self._active:
+            self._metrics.write({"step": step, "split": split, **values})
+            self._scalars(step, split, values)
 
     def timing(self, step: int, values: dict[str, float]) -> None:
-        """Records how long things took."""
-        self._timing.write({"step": step, **values})
-        self._scalars(step, "timing", values)
+        """Records how long things took and how much memory: what may differ from run to run."""
+        if self._active:
+            self._timing.write({"step": step, **values})
+            self._scalars(step, "timing", values)
 
     def close(self) -> None:
         """Closes all files."""
+        if not self._active:
+            return
         self._metrics.close()
         self._timing.close()
         self._board.close()

@@ -6,13 +6,15 @@ float32; activations and matrix products have `config.compute_dtype`.
 Axes: B batch, T tokens, D d_model, F d_ff, E experts, K experts selected per token, A angles of one rotation.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from bvit_jax import butterfly, dispatch, packing, precision, routing, ternary
+from bvit_jax import butterfly, dispatch, exchange, packing, precision, routing, sharding, ternary
 from bvit_jax.model_config import ModelConfig
 
 FfnOutput = tuple[jax.Array, routing.RouterReport | None]
@@ -20,6 +22,12 @@ FfnOutput = tuple[jax.Array, routing.RouterReport | None]
 _kernel_init = nn.initializers.xavier_uniform()
 _expert_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-2, out_axis=-1, batch_axis=(0,))
 _router_init = nn.initializers.normal(0.02)
+_zeros = nn.initializers.zeros
+
+
+def _dense(features: int, dtype: str, inputs: str, outputs: str, name: str) -> nn.Dense:
+    kernel_init, bias_init = sharding.named(_kernel_init, inputs, outputs), sharding.named(_zeros, outputs)
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)
 
 
 class DenseMlp(nn.Module):
@@ -30,9 +38,9 @@ class DenseMlp(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None = None) -> FfnOutput:
         del train, weight_B
-        dtype = self.config.compute_dtype
-        h_BxTxF = nn.gelu(nn.Dense(self.config.d_ff, dtype=dtype, kernel_init=_kernel_init, name="up")(x_BxTxD))
-        return nn.Dense(self.config.d_model, dtype=dtype, kernel_init=_kernel_init, name="down")(h_BxTxF), None
+        c = self.config
+        h_BxTxF = nn.gelu(_dense(c.d_ff, c.compute_dtype, "embed", "mlp", "up")(x_BxTxD))
+        return _dense(c.d_model, c.compute_dtype, "mlp", "embed", "down")(h_BxTxF), None
 
 
 class Router(nn.Module):
@@ -44,7 +52,8 @@ class Router(nn.Module):
     def __call__(
         self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None
     ) -> tuple[routing.Routing, routing.RouterReport]:
-        kernel_DxE = self.param("kernel", _router_init, (x_BxTxD.shape[-1], self.config.num_experts))
+        init, shape = sharding.named(_router_init, "embed", "routes"), (x_BxTxD.shape[-1], self.config.num_experts)
+        kernel_DxE = self.param("kernel", init, shape)
         kernel_DxE = precision.quantise(kernel_DxE, self.config.router_precision)
         logits_BxTxE = x_BxTxD.astype(jnp.float32) @ kernel_DxE
         noise_BxTxE = None
@@ -57,8 +66,10 @@ class Router(nn.Module):
 class StandardMoe(nn.Module):
     """Mixture of stored experts, each an FFN with biases of its own. Exact: no capacity, no token dropped.
 
-    The grouped products go by `jax.lax.ragged_dot`, and on CPUs by blocks (`bvit_jax.dispatch`); the choice is made
-    when the program is lowered, for the platform that it is lowered for.
+    On a mesh each device sorts its own rows by expert, and sends those of experts that are elsewhere along the axis
+    `expert` (`bvit_jax.exchange`); hidden channels may be split over the axis `model`. The grouped products go by
+    tiles on TPUs and by blocks on CPUs (`bvit_jax.dispatch`); the choice is made when the program is lowered, for the
+    platform that it is lowered for.
     """
 
     config: ModelConfig
@@ -67,35 +78,77 @@ class StandardMoe(nn.Module):
     def __call__(self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None = None) -> FfnOutput:
         c = self.config
         routed, report = Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
-        parameters = (
-            self.param("up_kernel", _expert_init, (c.num_experts, c.d_model, c.d_ff)),
-            self.param("up_bias", nn.initializers.zeros, (c.num_experts, c.d_ff)),
-            self.param("down_kernel", _expert_init, (c.num_experts, c.d_ff, c.d_model)),
-            self.param("down_bias", nn.initializers.zeros, (c.num_experts, c.d_model)),
+        sizes = {"experts": c.num_experts, "embed": c.d_model, "mlp": c.d_ff}
+        params = {
+            name: self.param(name, sharding.named(init, *axes), tuple(sizes[axis] for axis in axes))
+            for name, (init, axes) in _STORED.items()
+        }
+        params = {name: leaf.astype(c.compute_dtype) for name, leaf in params.items()}
+        x_BxTxD, expert_BxTxK = x_BxTxD.astype(c.compute_dtype), routed.experts_BxTxK
+        mesh = sharding.active_mesh()
+        if mesh is None:
+            y_NxD = _stored_experts(params, _rows(x_BxTxD, c.top_k), expert_BxTxK.reshape(-1))
+            y_BxTxKxD = y_NxD.reshape(*expert_BxTxK.shape, c.d_model)
+        else:
+            y_BxTxKxD = _on_mesh(mesh, params, x_BxTxD, expert_BxTxK)
+        return _combine(y_BxTxKxD, routed), report
+
+
+_STORED: dict[str, tuple[nn.initializers.Initializer, tuple[str, ...]]] = {
+    "up_kernel": (_expert_init, ("experts", "embed", "mlp")),
+    "up_bias": (_zeros, ("experts", "mlp")),
+    "down_kernel": (_expert_init, ("experts", "mlp", "embed")),
+    "down_bias": (_zeros, ("experts", "embed")),
+}
+"""Parameters of stored experts: how they start, and their axes."""
+
+
+def _on_mesh(
+    mesh: AbstractMesh, params: dict[str, jax.Array], x_BxTxD: jax.Array, expert_BxTxK: jax.Array
+) -> jax.Array:
+    """Applies stored experts with each device's rows, experts and hidden channels as `sharding.RULES` split them."""
+
+    def on_device(own: dict[str, jax.Array], x_bxTxD: jax.Array, expert_bxTxK: jax.Array) -> jax.Array:
+        # Devices along `model` hold parts of one sum; the bias is to enter it once.
+        first = (jax.lax.axis_index(sharding.MODEL) == 0).astype(x_bxTxD.dtype)
+        own = own | {"down_bias": first * own["down_bias"]}
+        rows_NxD = _rows(x_bxTxD, expert_bxTxK.shape[-1])
+        y_NxD = exchange.apply_experts(
+            _stored_experts, own, rows_NxD, expert_bxTxK.reshape(-1), sharding.EXPERT, mesh.axis_names
         )
-        dtype = jnp.dtype(c.compute_dtype)
-        rows_NxD = _one_row_per_choice(x_BxTxD, c.top_k).reshape(-1, c.d_model).astype(dtype)
-        expert_N = routed.experts_BxTxK.reshape(-1)
-        block = dispatch.default_block(expert_N.shape[0], c.num_experts)
-        operands = (rows_NxD, expert_N, *(p.astype(dtype) for p in parameters))
-        y_NxD = jax.lax.platform_dependent(
-            *operands, cpu=_stored_experts_by(block), default=_stored_experts_by(block=0)
-        )
-        return _combine(y_NxD.reshape(*routed.gates_BxTxK.shape, c.d_model), routed), report
+        return y_NxD.reshape(1, *expert_bxTxK.shape, x_bxTxD.shape[-1])
+
+    rows = PartitionSpec(sharding.BATCH_AXES)
+    by_axes = {name: sharding.split(*axes) for name, (_, axes) in _STORED.items()}
+    parts_MxBxTxKxD = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(by_axes, rows, rows),
+        out_specs=PartitionSpec(sharding.MODEL, sharding.BATCH_AXES),
+        check_vma=False,  # the number of rounds is the same everywhere, which is more than it can prove
+    )(params, x_BxTxD, expert_BxTxK)
+    return parts_MxBxTxKxD.sum(axis=0)
 
 
-def _stored_experts_by(block: int) -> Callable[..., jax.Array]:
-    """Returns the FFN of stored experts over rows, by `blocks` of that height or, for 0, by `ragged` products."""
+def _stored_experts(params: dict[str, jax.Array], rows_NxD: jax.Array, expert_N: jax.Array) -> jax.Array:
+    """Applies the FFN of stored experts, each row by its expert's."""
+    block = dispatch.default_block(expert_N.shape[0], params["up_kernel"].shape[0])
+    return jax.lax.platform_dependent(
+        params,
+        rows_NxD,
+        expert_N,
+        tpu=_stored_experts_by(tile=dispatch.TILE),
+        cpu=_stored_experts_by(block=block),
+        default=_stored_experts_by(),
+    )
 
-    def apply(
-        rows_NxD: jax.Array,
-        expert_N: jax.Array,
-        up_ExDxF: jax.Array,
-        up_bias_ExF: jax.Array,
-        down_ExFxD: jax.Array,
-        down_bias_ExD: jax.Array,
-    ) -> jax.Array:
-        grouping = dispatch.group(expert_N, up_ExDxF.shape[0], block)
+
+def _stored_experts_by(block: int = 0, tile: int = 0) -> exchange.Experts:
+    """Returns the FFN of stored experts over rows; arguments as in `dispatch.group`."""
+
+    def apply(params: dict[str, jax.Array], rows_NxD: jax.Array, expert_N: jax.Array) -> jax.Array:
+        up_ExDxF, up_bias_ExF, down_ExFxD, down_bias_ExD = (params[name] for name in _STORED)
+        grouping = dispatch.group(expert_N, up_ExDxF.shape[0], block, tile)
         x_SxD = dispatch.to_slots(rows_NxD, grouping)
         h_SxF = dispatch.grouped_matmul(x_SxD, up_ExDxF, grouping) + up_bias_ExF[grouping.expert_S]
         y_SxD = dispatch.grouped_matmul(nn.gelu(h_SxF), down_ExFxD, grouping) + down_bias_ExD[grouping.expert_S]
@@ -115,7 +168,8 @@ class ButterflyMoe(nn.Module):
       d_model projection W_out shared by all experts, as in the public PyTorch code.
 
     Biases are shared by all experts. Every row (token x choice) is turned by its own expert's angles, and one dense
-    product with the prototype serves them all, so the cost does not grow with the number of experts.
+    product with the prototype serves them all, so the cost does not grow with the number of experts. On a mesh every
+    device holds all angles and prototypes and turns its own tokens: none travels.
     """
 
     config: ModelConfig
@@ -123,57 +177,91 @@ class ButterflyMoe(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None = None) -> FfnOutput:
         c = self.config
+        x_BxTxD = sharding.constrain(x_BxTxD, "rotated_batch", "tokens", "embed")
         routed, report = Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
-        x_BxTxKxD = _one_row_per_choice(x_BxTxD, c.top_k).astype(c.compute_dtype)
-        expert = routed.experts_BxTxK
+        params = {name: self._parameter(name, sides) for name, sides in _ROTATED[c.form].items()}
+        x_BxTxD, expert_BxTxK = x_BxTxD.astype(c.compute_dtype), routed.experts_BxTxK
+        y_BxTxKxF = _in_each_shard(functools.partial(_rotated_experts, c), params, x_BxTxD, expert_BxTxK)
+        y_BxTxF = _combine(y_BxTxKxF, routed)
         if c.form == "reference":
-            return self._reference(x_BxTxKxD, routed), report
-        y_BxTxKxD = self._tied(x_BxTxKxD, expert) if c.form == "tied" else self._separate(x_BxTxKxD, expert)
-        return _combine(y_BxTxKxD, routed), report
+            y_BxTxF = _dense(c.d_model, c.compute_dtype, "outputs", "embed", "projection")(y_BxTxF)
+        return y_BxTxF, report
 
-    def _separate(self, x: jax.Array, expert: jax.Array) -> jax.Array:
+    def _parameter(self, name: str, sides: str) -> jax.Array:
+        """Makes a parameter of the sides in `sides` (D or F), rounded as the exported file will hold it."""
         c = self.config
-        theta_up, phi_up = self._rotation("up_theta", c.d_model, expert), self._rotation("up_phi", c.d_ff, expert)
-        theta_down, phi_down = (
-            self._rotation("down_theta", c.d_ff, expert),
-            self._rotation("down_phi", c.d_model, expert),
-        )
-        h = phi_up(theta_up(x, True) @ self._prototype("up_prototype", c.d_model, c.d_ff), False)
-        h = nn.gelu(h + self._bias("up_bias", c.d_ff))
-        y = phi_down(theta_down(h, True) @ self._prototype("down_prototype", c.d_ff, c.d_model), False)
-        return y + self._bias("down_bias", c.d_model)
+        shape = tuple({"D": c.d_model, "F": c.d_ff}[side] for side in sides)
+        if name.endswith("angles"):
+            init = sharding.named(_uniform(c.angle_init), "rotations", "angles")
+            shape = (c.num_experts, butterfly.num_angles(_stages(c, *shape)))
+            return packing.quantise_angles(self.param(name, init, shape), c.angle_bits)
+        if name.endswith("bias"):
+            return self.param(name, sharding.named(_zeros, "outputs"), shape).astype(c.compute_dtype)
+        weights_IxO = self.param(name, sharding.named(_kernel_init, "inputs", "outputs"), shape)
+        if c.ternary_scale != "none":
+            weights_IxO = ternary.quantise(weights_IxO, c.ternary_scale)
+        return weights_IxO.astype(c.compute_dtype)
 
-    def _tied(self, x: jax.Array, expert: jax.Array) -> jax.Array:
-        c = self.config
-        theta, phi = self._rotation("theta", c.d_model, expert), self._rotation("phi", c.d_ff, expert)
-        prototype_DxF = self._prototype("prototype", c.d_model, c.d_ff)
-        h = nn.gelu(phi(theta(x, True) @ prototype_DxF, False) + self._bias("up_bias", c.d_ff))
-        return theta(phi(h, True) @ prototype_DxF.T, False) + self._bias("down_bias", c.d_model)
 
-    def _reference(self, x: jax.Array, routed: routing.Routing) -> jax.Array:
-        c = self.config
-        expert = routed.experts_BxTxK
-        phi, theta = self._rotation("phi", c.d_model, expert), self._rotation("theta", c.d_ff, expert)
-        h = theta(phi(x, False) @ self._prototype("prototype", c.d_model, c.d_ff), False)
-        projection = nn.Dense(c.d_model, dtype=c.compute_dtype, kernel_init=_kernel_init, name="projection")
-        return projection(_combine(h, routed))
+_ROTATED: dict[str, dict[str, str]] = {
+    "separate": {
+        "up_theta_angles": "D",
+        "up_phi_angles": "F",
+        "down_theta_angles": "F",
+        "down_phi_angles": "D",
+        "up_prototype": "DF",
+        "up_bias": "F",
+        "down_prototype": "FD",
+        "down_bias": "D",
+    },
+    "tied": {"theta_angles": "D", "phi_angles": "F", "prototype": "DF", "up_bias": "F", "down_bias": "D"},
+    "reference": {"phi_angles": "D", "theta_angles": "F", "prototype": "DF"},
+}
+"""Parameters of each form, and which sides they have, D of d_model channels and F of d_ff: of a rotation the side that
+it turns, of a prototype inputs and outputs."""
 
-    def _prototype(self, name: str, inputs: int, outputs: int) -> jax.Array:
-        weights_IxO = self.param(name, _kernel_init, (inputs, outputs))
-        if self.config.ternary_scale != "none":
-            weights_IxO = ternary.quantise(weights_IxO, self.config.ternary_scale)
-        return weights_IxO.astype(self.config.compute_dtype)
 
-    def _bias(self, name: str, size: int) -> jax.Array:
-        return self.param(name, nn.initializers.zeros, (size,)).astype(self.config.compute_dtype).reshape(1, 1, 1, size)
+def _in_each_shard(
+    experts: Callable[..., jax.Array], params: dict[str, jax.Array], x_BxTxD: jax.Array, expert_BxTxK: jax.Array
+) -> jax.Array:
+    """Applies rotated experts to the tokens of each device where they are.
 
-    def _rotation(self, name: str, dim: int, expert: jax.Array) -> Callable[[jax.Array, bool], jax.Array]:
-        """Makes the angles of all experts, (E, A), and returns (x, inverse) -> B x or B^T x, each row by its expert."""
-        c = self.config
-        stages = butterfly.make_stages(dim, min(c.num_stages, butterfly.max_stages(dim)), c.stride_order)
-        shape = (c.num_experts, butterfly.num_angles(stages))
-        angles_ExA = packing.quantise_angles(self.param(f"{name}_angles", _uniform(c.angle_init), shape), c.angle_bits)
-        return lambda x, inverse: butterfly.rotate(x, angles_ExA, stages, inverse=inverse, expert=expert)
+    The gradient of a parameter is summed up within each device, wherever it is used, and over devices once.
+    """
+    mesh = sharding.active_mesh()
+    if mesh is None:
+        return experts(params, x_BxTxD, expert_BxTxK)
+    rows, whole = sharding.split("rotated_batch"), PartitionSpec()
+    by_shard = jax.shard_map(experts, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows, check_vma=False)
+    return by_shard(params, x_BxTxD, expert_BxTxK)
+
+
+def _rotated_experts(
+    config: ModelConfig, params: dict[str, jax.Array], x_BxTxD: jax.Array, expert_BxTxK: jax.Array
+) -> jax.Array:
+    """Returns the output of each choice's expert, (B, T, K, D), before the gates; (B, T, K, F) of `reference`."""
+
+    def turn(name: str, x: jax.Array, inverse: bool = False) -> jax.Array:
+        stages = _stages(config, x.shape[-1])
+        return butterfly.rotate(x, params[f"{name}_angles"], stages, inverse=inverse, expert=expert_BxTxK)
+
+    def bias(name: str) -> jax.Array:
+        return params[name].reshape(1, 1, 1, -1)
+
+    x = _one_row_per_choice(x_BxTxD, expert_BxTxK.shape[-1])
+    if config.form == "reference":
+        return turn("theta", turn("phi", x) @ params["prototype"])
+    if config.form == "tied":
+        h = turn("phi", turn("theta", x, inverse=True) @ params["prototype"])
+        h = turn("phi", nn.gelu(h + bias("up_bias")), inverse=True)
+        return turn("theta", h @ params["prototype"].T) + bias("down_bias")
+    h = turn("up_phi", turn("up_theta", x, inverse=True) @ params["up_prototype"])
+    h = turn("down_theta", nn.gelu(h + bias("up_bias")), inverse=True)
+    return turn("down_phi", h @ params["down_prototype"]) + bias("down_bias")
+
+
+def _stages(config: ModelConfig, dim: int) -> butterfly.Stages:
+    return butterfly.make_stages(dim, min(config.num_stages, butterfly.max_stages(dim)), config.stride_order)
 
 
 def _uniform(limit: float) -> nn.initializers.Initializer:
@@ -183,6 +271,10 @@ def _uniform(limit: float) -> nn.initializers.Initializer:
 def _one_row_per_choice(x_BxTxD: jax.Array, top_k: int) -> jax.Array:
     batch, tokens, d_model = x_BxTxD.shape
     return jnp.broadcast_to(x_BxTxD[:, :, None], (batch, tokens, top_k, d_model))
+
+
+def _rows(x_BxTxD: jax.Array, top_k: int) -> jax.Array:
+    return _one_row_per_choice(x_BxTxD, top_k).reshape(-1, x_BxTxD.shape[-1])
 
 
 def _combine(y_BxTxKxF: jax.Array, routed: routing.Routing) -> jax.Array:

@@ -1,36 +1,212 @@
-"""Where arrays live: one mesh over all devices, batches split over it, everything else on every device."""
+"""Where arrays live: a mesh of devices with three axes, and one table from logical axes to mesh axes.
 
+The mesh has the axes `data`, `expert` and `model`. Modules name the axes of their parameters and activations
+(`batch`, `heads`, ...); `RULES` says over which mesh axes each is split, and is the only place that does.
+
+- Images are split over `data` and `expert` together, so that no device idles, whatever the family.
+- Rotated experts are on every device; tokens never leave theirs. Stored experts are split over `expert`, and tokens
+  travel (`bvit_jax.exchange`).
+- `model` splits attention heads and the hidden channels of dense and stored FFNs. Rotations mix all channels, so
+  butterfly layers split their images over `model` too.
+- Large arrays of the optimiser (and, with `fsdp`, of the parameters) are split over whatever batch axes they do not
+  use yet: every device updates its part.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bvit_jax.model_config import require
+from bvit_jax.model_config import ModelConfig, require
 
-DATA_AXIS = "data"
+DATA, EXPERT, MODEL = "data", "expert", "model"
+BATCH_AXES = (DATA, EXPERT)
+LARGE_BYTES = 2**26
+"""Splitting the two moments of a smaller array would save less than 1 % of the smallest TPU's memory."""
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
+    "rotated_batch": (DATA, EXPERT, MODEL),
+    "experts": EXPERT,
+    "heads": MODEL,
+    "mlp": MODEL,
+    **dict.fromkeys(("layers", "tokens", "embed", "head_dim", "pixels", "classes", "routes")),
+    **dict.fromkeys(("rotations", "angles", "inputs", "outputs")),  # of rotated experts: on every device
+}
+"""Mesh axes of each logical axis; None for none."""
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns a one-axis mesh over `devices`, all of the process's by default."""
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How to lay a mesh over the devices; `data` takes what the other axes leave.
+
+    Attributes:
+        expert: devices along `expert`; None for as many as divide both the stored experts and the devices left by
+            `model`, and 1 for families without stored experts.
+        model: devices along `model`.
+        fsdp: split large parameters over the batch axes, not their optimiser state alone.
+    """
+
+    expert: int | None = None
+    model: int = 1
+    fsdp: bool = False
+
+
+DEFAULT = Layout()
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh, and where arrays go on it.
+
+    Attributes:
+        mesh: its axes are `data`, `expert`, `model`.
+        fsdp: as in `Layout`.
+    """
+
+    mesh: Mesh
+    fsdp: bool = False
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Makes mesh and rules known to the modules; for use around what is traced."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            yield
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Splits the first axis over the batch axes."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Keeps the whole array on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def params(self, axes: Any, shapes: Any) -> Any:
+        """Returns the sharding of every parameter.
+
+        Args:
+            axes: tree of PartitionSpecs of logical axes, one for each array (`vit.param_axes`).
+            shapes: tree of the same structure, of arrays or their descriptions.
+        """
+        return self._shardings(axes, shapes, spread=self.fsdp)
+
+    def moments(self, axes: Any, shapes: Any) -> Any:
+        """Returns the sharding of an optimiser's copies of the parameters; arguments as in `params`."""
+        return self._shardings(axes, shapes, spread=True)
+
+    def _shardings(self, axes: Any, shapes: Any, spread: bool) -> Any:
+        def place(logical: PartitionSpec, leaf: Any) -> NamedSharding:
+            logical = PartitionSpec(*logical, *[None] * (leaf.ndim - len(logical)))
+            spec = split(*logical)
+            if spread and leaf.size * leaf.dtype.itemsize >= LARGE_BYTES:
+                spec = _spread(spec, logical, leaf.shape, self.mesh)
+            return NamedSharding(self.mesh, spec)
+
+        return jax.tree.map(place, axes, shapes, is_leaf=lambda node: isinstance(node, PartitionSpec))
+
+    def host_rows(self, batch_size: int) -> np.ndarray:
+        """Returns the places in a batch that this process's devices hold, rising, int64."""
+        places = np.arange(batch_size)
+        parts = self.batch.addressable_devices_indices_map((batch_size,)).values()
+        return np.unique(np.concatenate([places[part] for part in parts if part is not None]))
+
+    def put_batch(self, arrays: Any, rows: np.ndarray, batch_size: int) -> Any:
+        """Moves a batch to the devices, split along the first axis.
+
+        Args:
+            arrays: tree of host arrays that hold the places `rows` of the batch.
+            rows: as `host_rows` gives them.
+            batch_size: of the whole batch, over all processes.
+        """
+
+        def put(local: np.ndarray) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                start, stop, _ = index[0].indices(batch_size)
+                first = int(np.searchsorted(rows, start))
+                return local[first : first + stop - start]
+
+            return jax.make_array_from_callback((batch_size, *local.shape[1:]), self.batch, part)
+
+        return jax.tree.map(put, arrays)
+
+
+def place(
+    model: ModelConfig, batch_size: int, layout: Layout = DEFAULT, devices: Sequence[jax.Device] | None = None
+) -> Placement:
+    """Lays a mesh for a model over `devices`, all there are by default.
+
+    Raises:
+        ConfigError: as `mesh_shape`.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    shape = mesh_shape(model, batch_size, layout, len(devices))
+    mesh = jax.make_mesh(shape, (DATA, EXPERT, MODEL), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Placement(mesh, layout.fsdp)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Splits the first axis over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+def mesh_shape(model: ModelConfig, batch_size: int, layout: Layout, count: int) -> tuple[int, int, int]:
+    """Returns the devices along data, expert and model for a model on `count` devices.
+
+    Raises:
+        ConfigError: if devices, experts, heads, hidden channels or images do not divide over the mesh.
+    """
+    along_model, expert = layout.model, layout.expert
+    divides = along_model >= 1 and count % along_model == 0
+    require(divides, "model_axis", along_model, f"a divisor of {count} devices")
+    rest = count // along_model
+    stored = model.family == "standard"
+    if expert is None:
+        expert = math.gcd(model.num_experts, rest) if stored else 1
+    wanted = f"a divisor of {count} devices" + (f" / model_axis {along_model}" if along_model > 1 else "")
+    require(expert >= 1 and rest % expert == 0, "expert_axis", expert, wanted)
+    if stored:
+        experts = model.num_experts
+        require(experts % expert == 0, "expert_axis", expert, f"a divisor of num_experts = {experts}")
+    for name in ("num_heads", "d_ff"):
+        size = getattr(model, name)
+        require(size % along_model == 0, "model_axis", along_model, f"a divisor of {name} = {size}")
+    require(batch_size % count == 0, "batch_size", batch_size, f"a multiple of the {count} devices")
+    return rest // expert, expert, along_model
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Keeps the whole array on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+def named(init: nn.initializers.Initializer, *axes: str) -> nn.initializers.Initializer:
+    """Names the axes of the parameter that `init` draws."""
+    return nn.with_logical_partitioning(init, axes)
 
 
-def check_batch(batch_size: int, devices: int) -> None:
-    """Raises ConfigError unless a batch splits evenly over the devices."""
-    require(batch_size % devices == 0, "batch_size", batch_size, f"a multiple of the {devices} devices")
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Places an activation as the rules say of its logical axes, where a placement is active."""
+    return x if active_mesh() is None else jax.lax.with_sharding_constraint(x, split(*axes))
 
 
-def put_batch(arrays: Any, mesh: Mesh) -> Any:
-    """Moves a tree of host arrays to the devices, split along the first axis."""
-    return jax.device_put(arrays, batch_sharding(mesh))
+def split(*axes: str | None) -> PartitionSpec:
+    """Returns the mesh axes of logical ones."""
+    return PartitionSpec(*[RULES[axis] if axis else None for axis in axes])
+
+
+def active_mesh() -> AbstractMesh | None:
+    """Returns the mesh of the placement that is active, None outside of any or on a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def _spread(spec: PartitionSpec, logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Splits the largest dimension that can be over the batch axes that are free; never the axis of scanned layers."""
+    used = {axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+    free = tuple(axis for axis in BATCH_AXES if axis not in used and mesh.shape[axis] > 1)
+    parts = math.prod(mesh.shape[axis] for axis in free)
+    able = [
+        i for i, size in enumerate(shape) if spec[i] is None and logical[i] != "layers" and free and size % parts == 0
+    ]
+    if not able:
+        return spec
+    largest = max(able, key=lambda i: shape[i])
+    return PartitionSpec(*[free if i == largest else entry for i, entry in enumerate(spec)])

@@ -3,10 +3,14 @@
 A run lives in a directory of its own:
 
     config.json      the resolved configuration        metrics.jsonl   training and evaluation, a row each
-    checkpoints/     the newest and the best           timing.jsonl    seconds and images per second
+    checkpoints/     the newest and the best           timing.jsonl    seconds, images per second, bytes on a device
     result.json      written when the run is complete  tensorboard/    the same numbers as events
+
+With several processes, all of them call `run` with the same arguments and a directory that all can reach; the first
+writes the files, and all write checkpoints. The directory can be taken up again with any number of devices.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -15,14 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from bvit_jax import data, evaluate, files, memory, metrics, sharding, train_step
+from bvit_jax import data, device_memory, evaluate, files, memory, metrics, processes, sharding, train_step
 from bvit_jax import workdir as workdirs
 from bvit_jax.checkpoints import Checkpoints, abstract_state
 from bvit_jax.config import Config
 from bvit_jax.model_config import require
+from bvit_jax.sharding import Layout, Placement
 
 OUTPUTS = ("checkpoints", "metrics.jsonl", "timing.jsonl", "tensorboard", "result.json", "sweep.json")
 LOCK_PATIENCE_SECONDS = 5.0
@@ -31,44 +35,56 @@ WARM_UP_WINDOWS = 1
 """Timed windows that do not count for throughput: the first after a start holds the compilation."""
 
 
-def run(config: Config, workdir: Path, show_progress: bool = True) -> dict[str, Any]:
+def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layout = sharding.DEFAULT) -> dict[str, Any]:
     """Trains to the end, from the newest checkpoint in `workdir` if there is one, and reports on the test split.
 
     Args:
         config: what to run.
         workdir: the run's directory; made if absent. A finished run's result is returned as it stands.
         show_progress: print what happens, with a progress bar on a terminal.
+        layout: of the mesh; the results are the same up to rounding whatever it is.
 
     Returns:
         The content of `result.json`: config_digest, seed, steps, best_step, test_accuracy, test_nll,
-        validation_accuracy, validation_nll, params, the evaluation of the routers, ternary statistics, and under
-        `timing` (which differs from run to run) images_per_second and wall_seconds.
+        validation_accuracy, validation_nll, params, the evaluation of the routers, ternary statistics, under
+        `timing` (which differs from run to run) images_per_second and wall_seconds, and under `memory` the bytes on a
+        device of parameters and optimiser, with the peak where the backend tells it.
 
     Raises:
         ConfigError: if the directory cannot be written to, holds something else or is in use by another process, or if
-            the batch does not divide over the devices.
+            the model or its batch does not divide over the mesh; in all processes.
         FloatingPointError: if the loss or the gradient is not finite, at the next step that is logged.
     """
-    mesh = sharding.make_mesh()
-    sharding.check_batch(config.batch_size, mesh.size)
-    workdirs.claim(workdir, "config.json", config.to_dict(), OUTPUTS)
-    with workdirs.locked(workdir, LOCK_PATIENCE_SECONDS):
-        result_path = workdir / "result.json"
-        if result_path.exists():
-            return json.loads(result_path.read_text())
+    placement = sharding.place(config.model, config.batch_size, layout)
+    processes.check_same("configuration", config.digest())
+    processes.check_same("layout", repr(layout))
+    with contextlib.ExitStack() as held:
+        result = processes.on_first(lambda: _open(config, workdir, held))
+        if result is not None:
+            return result
+        show_progress = show_progress and processes.is_first()
         with Checkpoints(workdir / "checkpoints") as checkpoints:
-            return _Run(config, workdir, mesh, checkpoints, show_progress).to_the_end()
+            return _Run(config, workdir, placement, checkpoints, show_progress).to_the_end()
+
+
+def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str, Any] | None:
+    """Claims and locks the directory until `held` is closed; returns the result of a run that is already finished."""
+    workdirs.claim(workdir, "config.json", config.to_dict(), OUTPUTS)
+    held.enter_context(workdirs.locked(workdir, LOCK_PATIENCE_SECONDS))
+    path = workdir / "result.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 class _Run:
     """One process's part of a run. The order at each step: batch, step, log, evaluate, checkpoint."""
 
     def __init__(
-        self, config: Config, workdir: Path, mesh: Mesh, checkpoints: Checkpoints, show_progress: bool
+        self, config: Config, workdir: Path, placement: Placement, checkpoints: Checkpoints, show_progress: bool
     ) -> None:
         self.config = config
         self.workdir = workdir
-        self.mesh = mesh
+        self.placement = placement
+        self.shardings = train_step.state_shardings(config, placement)
         self.checkpoints = checkpoints
         self.show_progress = show_progress
         self.clock = _Clock(config.batch_size)
@@ -76,7 +92,7 @@ class _Run:
 
     def to_the_end(self) -> dict[str, Any]:
         state = self._start()
-        log = metrics.RunLog(self.workdir, last_step=int(state.step))
+        log = metrics.RunLog(self.workdir, last_step=int(state.step), active=processes.is_first())
         try:
             state = self._train(state, log)
             return self._report(state, log)
@@ -84,8 +100,7 @@ class _Run:
             log.close()
 
     def _start(self) -> train_step.TrainState:
-        whole = sharding.replicated(self.mesh)
-        state = jax.jit(lambda: train_step.init_state(self.config), out_shardings=whole)()
+        state = jax.jit(lambda: train_step.init_state(self.config), out_shardings=self.shardings)()
         step = self.checkpoints.latest_step
         if step is None:
             return state
@@ -94,14 +109,16 @@ class _Run:
             not differing, "workdir", str(self.workdir), f"one whose checkpoints are of this configuration: {differing}"
         )
         self._say(f"going on from step {step}")
-        return self.checkpoints.restore(step, abstract_state(state, whole))
+        return self.checkpoints.restore(step, abstract_state(state, self.shardings))
 
     def _train(self, state: train_step.TrainState, log: metrics.RunLog) -> train_step.TrainState:
         config = self.config
-        take_step = train_step.make_train_step(config, self.mesh)
-        key = jax.device_put(jax.random.key(config.seed), sharding.replicated(self.mesh))
+        placement = self.placement
+        take_step = train_step.make_train_step(config, placement)
+        key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=placement.replicated)()
+        rows = placement.host_rows(config.batch_size)
         # Queued steps with collectives can deadlock when several host devices share few cores.
-        wait_each_step = self.mesh.size > 1 and jax.default_backend() == "cpu"
+        wait_each_step = placement.mesh.size > 1 and jax.default_backend() == "cpu"
         start = int(state.step)
         clock = self.clock
         clock.skip(start)
@@ -114,8 +131,8 @@ class _Run:
             leave=False,
         )
         for step in bar:
-            batch = data.train_batch(self.dataset.train, config.batch_size, config.seed, step)
-            images, labels = sharding.put_batch((batch.images, batch.labels), self.mesh)
+            batch = data.train_batch(self.dataset.train, config.batch_size, config.seed, step, rows)
+            images, labels = placement.put_batch((batch.images, batch.labels), rows, config.batch_size)
             state, values = take_step(state, key, images, labels)
             if wait_each_step:
                 jax.block_until_ready(values)
@@ -127,7 +144,7 @@ class _Run:
                     raise FloatingPointError(f"step {done}: {', '.join(broken)} not finite; try a lower learning rate")
                 jax.block_until_ready(state)
                 log.metrics(done, "train", row)
-                log.timing(done, clock.lap(done))
+                log.timing(done, clock.lap(done) | device_memory.of_state(state) | device_memory.in_use())
                 bar.set_postfix(
                     loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}", images_s=f"{clock.rate:.0f}"
                 )
@@ -153,7 +170,7 @@ class _Run:
         if best_step is None:
             raise RuntimeError(f"no checkpoint was kept in {self.workdir}")
         if best_step != int(state.step):
-            state = self.checkpoints.restore(best_step, abstract_state(state, sharding.replicated(self.mesh)))
+            state = self.checkpoints.restore(best_step, abstract_state(state, self.shardings))
         found = self._evaluate(state.params, self.dataset.test)
         log.metrics(config.total_steps, "test", found.to_dict())
         log.timing(config.total_steps, self.clock.lap(config.total_steps))
@@ -170,14 +187,19 @@ class _Run:
             "params": memory.count_params(state.params),
             "test": found.to_dict(),
             "ternary": evaluate.ternary_statistics(state.params, config.model),
-            "timing": total_timing(metrics.read_rows(self.workdir / "timing.jsonl")),
+            "memory": device_memory.of_state(state) | device_memory.in_use(),
         }
-        files.write_json(self.workdir / "result.json", result)
+        result = processes.on_first(lambda: self._write(result))
         self._say(f"test accuracy {found.accuracy:.4f}  nll {found.nll:.4f}  (step {best_step}, best on validation)")
         return result
 
+    def _write(self, result: dict[str, Any]) -> dict[str, Any]:
+        result["timing"] = total_timing(metrics.read_rows(self.workdir / "timing.jsonl"))
+        files.write_json(self.workdir / "result.json", result)
+        return result
+
     def _evaluate(self, params: Any, split: data.Split) -> evaluate.Evaluation:
-        return evaluate.evaluate(params, self.config.model, split, self.config.batch_size, self.mesh)
+        return evaluate.evaluate(params, self.config.model, split, self.config.batch_size, self.placement)
 
     def _say(self, text: str) -> None:
         if self.show_progress:

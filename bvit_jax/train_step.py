@@ -1,24 +1,23 @@
-"""One training step and one evaluation step: pure functions, compiled once for each model and mesh.
+"""One training step and one evaluation step: pure functions, compiled once for each model and placement.
 
 Axes: B batch, H and W pixels, c channels, C classes, M mixture layers, E experts.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
 
-from bvit_jax import augment, losses, sharding, vit
+from bvit_jax import augment, losses, vit
 from bvit_jax.config import Config, LossConfig
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.optimizer import learning_rate, make_optimizer
 from bvit_jax.routing import RouterReport
+from bvit_jax.sharding import Placement
 
 Metrics = dict[str, jax.Array]
 
@@ -56,15 +55,26 @@ class EvalSums:
     entropy_M: jax.Array | None
 
 
-TrainStep = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Any, jax.Array, jax.Array, jax.Array], EvalSums]
-
-
 def init_state(config: Config) -> TrainState:
     """Draws the state before the first step from `config.seed`."""
     params = vit.init_params(config.model, jax.random.key(config.seed))
     opt_state = make_optimizer(config.optimizer, config.total_steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def state_shardings(config: Config, placement: Placement) -> Any:
+    """Returns where each array of the state lives: a sharding in place of every array."""
+    shapes = jax.eval_shape(lambda: init_state(config))
+    axes = vit.param_axes(config.model)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        placement.moments(axes, shapes.params),
+        transform_non_params=lambda _: placement.replicated,
+    )
+    return shapes.replace(step=placement.replicated, params=placement.params(axes, shapes.params), opt_state=opt_state)
 
 
 def total_loss(
@@ -80,17 +90,17 @@ def total_loss(
     return total, parts
 
 
-def make_train_step(config: Config, mesh: Mesh) -> TrainStep:
+def make_train_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
     """Compiles (state, key, images, labels) -> (state, metrics); the state passed in is donated.
 
     `key` is the run's (from its seed) and the same at every step: all randomness comes of folding the step into it.
     Runs that differ in nothing but the seed share one compiled program.
     """
-    return _make_train_step(dataclasses.replace(config, seed=0), mesh)
+    return _make_train_step(dataclasses.replace(config, seed=0), placement)
 
 
 @functools.lru_cache(maxsize=4)
-def _make_train_step(config: Config, mesh: Mesh) -> TrainStep:
+def _make_train_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     schedule = learning_rate(config.optimizer, config.total_steps)
 
@@ -101,7 +111,8 @@ def _make_train_step(config: Config, mesh: Mesh) -> TrainStep:
         images_BxHxWxc = augment.augment(augment_key, images_BxHxWxc, config.data)
 
         def loss_of(params: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
-            logits_BxC, report = vit.apply(config.model, params, images_BxHxWxc, router_key=router_key)
+            with placement.active():
+                logits_BxC, report = vit.apply(config.model, params, images_BxHxWxc, router_key=router_key)
             total, parts = total_loss(config.loss, logits_BxC, labels_B, report)
             return total, (parts, logits_BxC)
 
@@ -116,16 +127,18 @@ def _make_train_step(config: Config, mesh: Mesh) -> TrainStep:
         }
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
-    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(whole, whole, split, split), out_shardings=whole, donate_argnums=0)
+    whole, split, state_place = placement.replicated, placement.batch, state_shardings(config, placement)
+    places = (state_place, whole, split, split)
+    return jax.jit(step, in_shardings=places, out_shardings=(state_place, whole), donate_argnums=0)
 
 
 @functools.lru_cache(maxsize=4)
-def make_eval_step(config: ModelConfig, mesh: Mesh) -> EvalStep:
-    """Compiles (params, images, labels, weights) -> sums over the images of weight 1."""
+def make_eval_step(config: ModelConfig, placement: Placement) -> jax.stages.Wrapped:
+    """Compiles (params, images, labels, weights) -> sums over the images of weight 1, `EvalSums`."""
 
     def step(params: Any, images_BxHxWxc: jax.Array, labels_B: jax.Array, weights_B: jax.Array) -> EvalSums:
-        logits_BxC, report = vit.apply(config, params, images_BxHxWxc, weight_B=weights_B)
+        with placement.active():
+            logits_BxC, report = vit.apply(config, params, images_BxHxWxc, weight_B=weights_B)
         count = weights_B.sum()
         return EvalSums(
             count=count,
@@ -135,5 +148,6 @@ def make_eval_step(config: ModelConfig, mesh: Mesh) -> EvalStep:
             entropy_M=None if report is None else report.entropy * count,
         )
 
-    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
-    return jax.jit(step, in_shardings=(whole, split, split, split), out_shardings=whole)
+    split = placement.batch
+    params_place = placement.params(vit.param_axes(config), vit.param_shapes(config))
+    return jax.jit(step, in_shardings=(params_place, split, split, split), out_shardings=placement.replicated)

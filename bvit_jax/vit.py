@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bvit_jax import moe
+from bvit_jax import moe, sharding
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.routing import RouterReport
 
@@ -28,6 +28,7 @@ FFN_OF_FAMILY: dict[str, type[moe.DenseMlp | moe.StandardMoe | moe.ButterflyMoe]
 }
 
 _kernel_init = nn.initializers.xavier_uniform()
+_zeros = nn.initializers.zeros
 
 
 def layer_segments(is_moe: tuple[bool, ...]) -> tuple[Segment, ...]:
@@ -62,8 +63,15 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, weight_B: jax.Array | None) -> tuple[jax.Array, RouterReport | None]:
         c = self.config
+        x_BxTxD = sharding.constrain(x_BxTxD, "batch", "tokens", "embed")
         attention = nn.MultiHeadDotProductAttention(
-            c.num_heads, dtype=c.compute_dtype, kernel_init=_kernel_init, name="attention"
+            c.num_heads,
+            dtype=c.compute_dtype,
+            kernel_init=sharding.named(_kernel_init, "embed", "heads", "head_dim"),
+            bias_init=sharding.named(_zeros, "heads", "head_dim"),
+            out_kernel_init=sharding.named(_kernel_init, "heads", "head_dim", "embed"),
+            out_bias_init=sharding.named(_zeros, "embed"),
+            name="attention",
         )
         x_BxTxD = x_BxTxD + attention(nn.LayerNorm(dtype=c.compute_dtype, name="attention_norm")(x_BxTxD))
         ffn = FFN_OF_FAMILY[c.family if self.is_moe else "dense"](c, name="ffn")
@@ -134,13 +142,15 @@ class Vit(nn.Module):
                 split_rngs={"params": True, "router": True},
                 in_axes=nn.broadcast,
                 length=repeats,
+                metadata_params={nn.PARTITION_NAME: "layers"},
                 unroll=repeats if repeats <= 2 else 1,  # a loop of two costs more than it saves
             )
             x_BxTxD, stacked = scanned(c, pattern, train, name=name)(x_BxTxD, weight_B)
             if stacked:
                 reports.append(_in_layer_order(stacked))
         x_BxD = nn.LayerNorm(dtype=c.compute_dtype, name="final_norm")(x_BxTxD[:, 0])
-        logits_BxC = nn.Dense(c.num_classes, kernel_init=nn.initializers.zeros, name="head")(x_BxD.astype(jnp.float32))
+        head = nn.Dense(c.num_classes, kernel_init=sharding.named(_zeros, "embed", "classes"), name="head")
+        logits_BxC = head(x_BxD.astype(jnp.float32))
         merged = jax.tree.map(lambda *fields: jnp.concatenate(fields), *reports) if reports else None
         return logits_BxC, merged
 
@@ -149,7 +159,8 @@ class Vit(nn.Module):
         batch, (rows, columns), patch = images_BxHxWxc.shape[0], c.grid, c.patch_size
         tiles = images_BxHxWxc.reshape(batch, rows, patch, columns, patch, c.channels).transpose(0, 1, 3, 2, 4, 5)
         patches_BxPx = tiles.reshape(batch, rows * columns, patch * patch * c.channels)
-        embed = nn.Dense(c.d_model, dtype=c.compute_dtype, kernel_init=_kernel_init, name="patch_embedding")
+        kernel_init = sharding.named(_kernel_init, "pixels", "embed")
+        embed = nn.Dense(c.d_model, dtype=c.compute_dtype, kernel_init=kernel_init, name="patch_embedding")
         x_BxPxD = embed(patches_BxPx)
         class_token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, c.d_model))
         positions = self.param("position_embedding", nn.initializers.normal(0.02), (1, rows * columns + 1, c.d_model))
@@ -166,6 +177,15 @@ def _unpacking(name: str, unpack: Callable[[str, Any], Any] | None) -> Any:
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Draws the parameters of a model, a nested dict of float32 arrays; layers of one segment share a leading axis."""
+    return nn.unbox(_init_with_axes(config, key))
+
+
+def param_axes(config: ModelConfig) -> Params:
+    """Returns the logical axes of every parameter, PartitionSpecs in the structure of `init_params`."""
+    return nn.get_partition_spec(jax.eval_shape(lambda: _init_with_axes(config, jax.random.key(0))))
+
+
+def _init_with_axes(config: ModelConfig, key: jax.Array) -> Params:
     image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
     return Vit(config).init(key, image)["params"]
 

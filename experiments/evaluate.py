@@ -138,8 +138,8 @@ def _score(model: packed.PackedModel, source: str, split: data.Split) -> Scored:
 
 def _trained(source: str, config: Config, params: Any, split: data.Split) -> Scored:
     """Scores a run by the forward pass that it was trained with."""
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    found = evaluate.evaluate(params, config.model, split, _BATCH_SIZE.value, mesh)
+    placement = sharding.place(config.model, _BATCH_SIZE.value, devices=jax.devices()[:1])
+    found = evaluate.evaluate(params, config.model, split, _BATCH_SIZE.value, placement)
     sizes = memory.ledger(config)
     return Scored(source, "as trained", sizes.bytes_full, sizes.bytes_full_ffn, found.accuracy, found.nll, found.count)
 

@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     memory_base = config.resolve(raw["memory_base"])
     platform = executor.probe_platform()
     for trial in trials:
-        sharding.check_batch(trial.config.batch_size, platform.devices)
+        model, batch_size = trial.config.model, trial.config.batch_size
+        sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
     with workdirs.locked(workdir, patience_seconds=0):
         _run(trials, memory_base, workdir, _JOBS.value or platform.default_jobs)

@@ -2,9 +2,13 @@
 
 import contextlib
 import os
+import pickle
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -14,6 +18,8 @@ import pytest
 from bvit_jax.config import Config, resolve
 from bvit_jax.model_config import ModelConfig
 from configs import digits
+
+ROOT = Path(__file__).parent.parent
 
 # Compiled programs are shared between test processes and runs.
 _CACHE = Path(tempfile.gettempdir()) / f"bvit_jax_tests_{os.getuid()}"
@@ -54,6 +60,38 @@ def make_config(argument: str = "butterfly,4", **changes: object) -> Config:
 def make_model(**changes: object) -> ModelConfig:
     """Returns the model of `make_config` with fields changed."""
     return make_config("butterfly,4", **{f"model__{name}": value for name, value in changes.items()}).model
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Returns the environment of a process that has that many CPU devices."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        # Compiling costs more here than running.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "NPROC": "16",  # devices that wait for each other need a thread each, however few cores there are
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
+
+
+def call(function: Callable[..., Any], *arguments: object) -> list[str]:
+    """Returns the command that calls a function of a test module, with plain data, in a process of its own."""
+    code = f"import {function.__module__} as module; module.{function.__name__}(*{arguments!r})"
+    return [sys.executable, "-c", code]
+
+
+def on_devices(count: int, function: Callable[[], Any]) -> Any:
+    """Returns what a function of a test module returns in a process that has `count` CPU devices."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = str(Path(directory) / "returned")
+        command = call(_keep, function.__module__, function.__name__, path)
+        run = subprocess.run(command, env=environment(count), capture_output=True, text=True, timeout=500)
+        assert run.returncode == 0, run.stderr
+        return pickle.loads(Path(path).read_bytes())
+
+
+def _keep(module: str, name: str, path: str) -> None:
+    returned = getattr(__import__(module, fromlist=[name]), name)()
+    Path(path).write_bytes(pickle.dumps(returned))
 
 
 @pytest.fixture

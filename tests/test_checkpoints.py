@@ -23,9 +23,12 @@ def make_state(step: int) -> TrainState:
     return TrainState(jnp.int32(step), params, moments)
 
 
+def whole() -> jax.sharding.NamedSharding:
+    return sharding.place(make_config().model, 16).replicated
+
+
 def restore(checkpoints: Checkpoints, step: int) -> TrainState:
-    placement = sharding.replicated(sharding.make_mesh())
-    return checkpoints.restore(step, abstract_state(make_state(0), placement))
+    return checkpoints.restore(step, abstract_state(make_state(0), whole()))
 
 
 def save_all(directory: Path, scores: dict[int, tuple[float, float]]) -> None:
@@ -54,12 +57,12 @@ def test_a_state_comes_back_exactly(tmp_path):
 def test_a_whole_training_state_comes_back_exactly(tmp_path):
     config = make_config(model__d_model=8, model__d_ff=16, model__num_heads=2)
     state = jax.jit(train_step.init_state, static_argnums=0)(config)
-    placement = sharding.replicated(sharding.make_mesh())
+    shardings = train_step.state_shardings(config, sharding.place(config.model, config.batch_size))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, config, 0.1, 2.3)
-        found = checkpoints.restore(0, abstract_state(state, placement))
+        found = checkpoints.restore(0, abstract_state(state, shardings))
     assert_equal(found, state)
-    assert {leaf.sharding for leaf in jax.tree.leaves(found)} == {placement}
+    assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
 
 
 def test_an_empty_directory_has_no_checkpoint(tmp_path):
@@ -134,7 +137,7 @@ def test_a_relative_directory_will_do(tmp_path, monkeypatch):
 
 
 def test_a_described_state_has_the_shapes_and_the_place():
-    placement = sharding.replicated(sharding.make_mesh())
+    placement = whole()
     abstract = abstract_state(make_state(1), placement)
     assert jax.tree.structure(abstract) == jax.tree.structure(make_state(1))
     for found, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(make_state(1)), strict=True):

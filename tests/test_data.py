@@ -127,7 +127,7 @@ def test_neighbouring_seeds_do_not_share_epochs_shifted():
 
 def test_a_training_batch_holds_the_images_of_its_indices():
     split = small_split(10)
-    batch = data.train_batch(split, 4, 3, 6)
+    batch = data.train_batch(split, 4, 3, 6, np.arange(4))
     index = data.batch_indices(10, 4, 3, 6)
     np.testing.assert_array_equal(batch.images, split.images[index])
     np.testing.assert_array_equal(batch.labels, index + 10)
@@ -138,7 +138,7 @@ def test_a_training_batch_holds_the_images_of_its_indices():
 @pytest.mark.parametrize(("number", "batch_size", "batches"), [(7, 3, 3), (6, 3, 2), (2, 5, 1), (1, 1, 1), (5, 5, 1)])
 def test_evaluation_covers_every_image_once_in_order(number, batch_size, batches):
     split = small_split(number)
-    found = list(data.eval_batches(split, batch_size))
+    found = list(data.eval_batches(split, batch_size, np.arange(batch_size)))
     assert [batch.images.shape for batch in found] == [(batch_size, 2, 2, 1)] * batches
     weights = np.concatenate([batch.weights for batch in found])
     np.testing.assert_array_equal(weights, [1] * number + [0] * (batches * batch_size - number))

@@ -96,21 +96,22 @@ CASES = {
 }
 
 
-@functools.partial(jit, static_argnames="block")
+@functools.partial(jit, static_argnames=("block", "tile"))
 def product_and_gradients(
-    rows: jax.Array, kernels: jax.Array, expert_N: jax.Array, upstream: jax.Array, block: int
+    rows: jax.Array, kernels: jax.Array, expert_N: jax.Array, upstream: jax.Array, block: int, tile: int
 ) -> tuple[jax.Array, ...]:
     def product(rows: jax.Array, kernels: jax.Array) -> jax.Array:
-        grouping = dispatch.group(expert_N, kernels.shape[0], block)
-        return dispatch.to_rows(dispatch.grouped_matmul(dispatch.to_slots(rows, grouping), kernels, grouping), grouping)
+        grouping = dispatch.group(expert_N, kernels.shape[0], block, tile)
+        slots = dispatch.grouped_matmul(dispatch.to_slots(rows, grouping), kernels, grouping, interpret=True)
+        return dispatch.to_rows(slots, grouping)
 
     y, vjp = jax.vjp(product, rows, kernels)
     return y, *vjp(upstream)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("block", BLOCKS)
-def test_grouped_matmul_equals_row_by_row(case: str, block: int) -> None:
+@pytest.mark.parametrize(("block", "tile"), [*[(block, 0) for block in BLOCKS], (0, 8)])
+def test_grouped_matmul_equals_row_by_row(case: str, block: int, tile: int) -> None:
     expert_N, num_experts = CASES[case]
     rng = np.random.default_rng(0)
     rows, upstream = rng.normal(size=(len(expert_N), 3)), rng.normal(size=(len(expert_N), 5))
@@ -121,7 +122,7 @@ def test_grouped_matmul_equals_row_by_row(case: str, block: int) -> None:
         jnp.asarray(expert_N, jnp.int32),
         jnp.asarray(upstream, jnp.float32),
     )
-    y, d_rows, d_kernels = (np.asarray(a) for a in product_and_gradients(*arguments, block))
+    y, d_rows, d_kernels = (np.asarray(a) for a in product_and_gradients(*arguments, block, tile))
     expected = np.zeros_like(kernels)
     for n, expert in enumerate(expert_N):
         np.testing.assert_allclose(y[n], rows[n] @ kernels[expert], atol=1e-5)

@@ -76,7 +76,7 @@ def test_a_config_without_a_sweep_is_refused(tmp_path):
 
 
 def test_help_says_how_to_start():
-    for name in ("train", "sweep", "export", "evaluate", "predict", "memory"):
+    for name in ("train", "sweep", "export", "evaluate", "predict", "memory", "compile_tpu"):
         shown = start(f"experiments.{name}", "--help").stdout
         assert f"python -m experiments.{name}" in shown
         assert "--workdir" in shown or "--model" in shown or "--out" in shown
@@ -148,3 +148,37 @@ def test_a_killed_sweep_takes_its_trials_along_goes_on_and_then_finishes_at_once
     assert third.returncode == 0, third.stderr
     assert "5 trials, 5 finished" in third.stdout
     assert (tmp_path / "results.csv").read_bytes() == results
+
+
+def test_compile_tpu_writes_its_report_and_goes_on(tmp_path):
+    flags = ["--config=configs/digits.py", "--topology=v5e:2x2", "--families=butterfly,dense", f"--out={tmp_path}"]
+    run = start("experiments.compile_tpu", *flags, "--experts=4", "--config.model.num_layers=1")
+    assert run.returncode == 0, run.stderr
+    assert "v5e:2x2, train, butterfly: fits with 4 experts" in run.stdout
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "compiled.csv").read_text())))
+    assert [(row["family"], row["step"], row["status"]) for row in rows] == [
+        *[("butterfly", "train", "fits"), ("butterfly", "eval", "fits")],
+        *[("dense", "train", "fits"), ("dense", "eval", "fits")],
+    ]
+    assert all(int(row["peak_bytes"]) > 0 and int(row["all_to_all_bytes"]) == 0 for row in rows)
+    again = start("experiments.compile_tpu", *flags, "--experts=4", "--config.model.num_layers=1")
+    assert again.returncode == 0
+    assert list(csv.DictReader(io.StringIO((tmp_path / "compiled.csv").read_text()))) == rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v7:2x2"], "topology = 'v7:2x2': it must be one of v4, v5e"),
+        (["--topology=v5e:8x8"], "butterfly, 1 experts on v5e:8x8: batch_size = 32: it must be a multiple of the 64"),
+        (["--expert_axis=2", "--experts=3"], "standard, 3 experts on v5e:4x4: expert_axis = 2: it must be a divisor"),
+        (["--experts=4,x"], "experts = '4,x': it must be numbers from 1"),
+        (["--families=round"], "families = 'round': it must be dense or standard or butterfly"),
+        (["--expert_axis=two"], "expert_axis = 'two': it must be auto or a number"),
+    ],
+)
+def test_compile_tpu_refuses_what_cannot_be_compiled(tmp_path, flags, message):
+    run = start("experiments.compile_tpu", "--config=configs/digits.py", f"--out={tmp_path / 'out'}", *flags)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()

@@ -265,7 +265,7 @@ def test_loading_takes_none_of_the_training_code(tmp_path: Path) -> None:
         assert top not in ("optax", "orbax", "tensorboardX", "sklearn", "absl_app", "ml_collections", "matplotlib")
         assert top not in ("configs", "experiments", "tests")
         assert not module.startswith("bvit_jax.train"), module
-        others = ("sharding", "checkpoints", "optimizer", "data", "augment", "sweep", "executor", "workdir")
+        others = ("processes", "checkpoints", "optimizer", "data", "augment", "sweep", "executor", "workdir")
         assert module not in [f"bvit_jax.{name}" for name in others]
 
 

@@ -1,8 +1,5 @@
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,8 @@ from bvit_jax import data, evaluate, memory, metrics, sharding, train, train_ste
 from bvit_jax.checkpoints import Checkpoints, abstract_state
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
-from tests.conftest import make_config
-
-ROOT = Path(__file__).parent.parent
+from bvit_jax.sharding import Layout
+from tests.conftest import make_config, on_devices
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +24,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, di
 
 def without_timing(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name != "timing"}
+
+
+def restored(config: Config, workdir: Path, step: int) -> train_step.TrainState:
+    shardings = train_step.state_shardings(config, sharding.place(config.model, config.batch_size))
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        return checkpoints.restore(step, abstract_state(train_step.init_state(config), shardings))
 
 
 def test_a_run_leaves_its_result_metrics_and_configuration(finished):
@@ -80,10 +82,10 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, m
     config, workdir, result = finished
     batch = data.train_batch
 
-    def cut(split: data.Split, batch_size: int, seed: int, step: int) -> data.Batch:
+    def cut(split: data.Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> data.Batch:
         if step + 1 == stop_at:
             raise KeyboardInterrupt
-        return batch(split, batch_size, seed, step)
+        return batch(split, batch_size, seed, step, rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "train_batch", cut)
@@ -112,11 +114,8 @@ def test_the_test_split_is_reported_for_the_best_checkpoint_on_validation(tmp_pa
     monkeypatch.setattr(evaluate, "evaluate", staged)
     result = train.run(config, tmp_path, show_progress=False)
     assert (result["best_step"], result["validation_accuracy"]) == (3, 0.9)
-    mesh = sharding.make_mesh()
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        shapes = abstract_state(train_step.init_state(config), sharding.replicated(mesh))
-        best = checkpoints.restore(3, shapes)
-    expected = true_evaluate(best.params, config.model, data.load(config.data).test, 16, mesh)
+    best, placement = restored(config, tmp_path, 3), sharding.place(config.model, 16)
+    expected = true_evaluate(best.params, config.model, data.load(config.data).test, 16, placement)
     assert result["test_nll"] == expected.nll
 
 
@@ -165,8 +164,8 @@ def test_a_run_cut_off_after_its_test_row_does_not_repeat_it(finished, tmp_path,
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     batch = data.train_batch
 
-    def spoilt(split: data.Split, batch_size: int, seed: int, step: int) -> data.Batch:
-        good = batch(split, batch_size, seed, step)
+    def spoilt(split: data.Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> data.Batch:
+        good = batch(split, batch_size, seed, step, rows)
         return dataclasses.replace(good, images=good.images * np.float32("nan")) if step == 2 else good
 
     monkeypatch.setattr(data, "train_batch", spoilt)
@@ -190,54 +189,77 @@ def test_timing_is_summed_over_all_rows_and_the_rate_is_a_median():
     assert train.total_timing(rows[:1]) == {"images_per_second": None, "wall_seconds": 10.0}
 
 
-MULTI_DEVICE = """
-import json, sys
-import jax
-from bvit_jax import data, sharding, train_step
-from tests.conftest import make_config
-losses = {}
-for argument in ("butterfly,4", "standard,4"):
-    config = make_config(argument, model__router_noise=0.5, model__num_layers=1, model__d_model=16, model__d_ff=32)
-    mesh = sharding.make_mesh()
-    split = data.load(config.data).train
-    state = jax.jit(lambda: train_step.init_state(config), out_shardings=sharding.replicated(mesh))()
-    step = train_step.make_train_step(config, mesh)
-    key = jax.random.key(0)
-    for index in range(5):
-        batch = data.train_batch(split, 16, 0, index)
-        state, values = step(state, key, *sharding.put_batch((batch.images, batch.labels), mesh))
-        losses.setdefault(argument, []).append(float(jax.block_until_ready(values)["loss"]))
-print(json.dumps({"devices": jax.device_count(), "losses": losses}))
-"""
+STEPS = 50
+COUNTS = {f"{count} devices": (count, Layout()) for count in (2, 4, 8)}
+LAYOUTS = COUNTS | {
+    "expert 2 x model 2": (8, Layout(expert=2, model=2)),
+    "model 4, fsdp": (8, Layout(model=4, fsdp=True)),
+    "fsdp": (8, Layout(fsdp=True)),
+}
+SPLIT = {
+    "standard,4": tuple(LAYOUTS),
+    "butterfly,4": (*COUNTS, "expert 2 x model 2"),
+    "dense,4": (*COUNTS, "model 4, fsdp"),
+}
+
+CASES = [(argument, name) for argument, names in SPLIT.items() for name in names]
 
 
-def test_one_device_and_four_give_the_same_losses():
-    found = []
-    for devices in (1, 4):
-        # NPROC: devices that wait for each other need a thread each, however few cores there are.
-        devices_flag = f"--xla_force_host_platform_device_count={devices}"
-        flags = {"XLA_FLAGS": devices_flag, "JAX_PLATFORMS": "cpu", "NPROC": "16"}
-        run = subprocess.run(
-            [sys.executable, "-c", MULTI_DEVICE], cwd=ROOT, env=os.environ | flags, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-        found.append(json.loads(run.stdout.splitlines()[-1]))
-    assert [result["devices"] for result in found] == [1, 4]
-    for argument, losses in found[0]["losses"].items():
-        np.testing.assert_allclose(found[1]["losses"][argument], losses, rtol=1e-5)
+def losses_on(argument: str, count: int, layout: Layout) -> tuple[list[float], list[list[int]], tuple[int, ...]]:
+    """Returns loss and sample ids of every step, and the mesh's shape."""
+    small = {"num_layers": 1, "d_model": 16, "d_ff": 32, "patch_size": 4, "router_noise": 0.5}
+    config = make_config(argument, total_steps=STEPS, **{f"model__{name}": value for name, value in small.items()})
+    assert config.data.max_shift > 0 < config.data.noise
+    placement = sharding.place(config.model, config.batch_size, layout, jax.devices()[:count])
+    shardings = train_step.state_shardings(config, placement)
+    split = {str(leaf.spec) for leaf in jax.tree.leaves(shardings) if not leaf.is_fully_replicated}
+    assert bool(split) == (count > 1)
+    images = data.load(config.data).train
+    state = jax.device_put(jax.jit(train_step.init_state, static_argnums=0)(config), shardings)
+    step = train_step.make_train_step(config, placement)
+    key, rows = jax.random.key(config.seed), placement.host_rows(config.batch_size)
+    losses, ids = [], []
+    for number in range(STEPS):
+        index = data.batch_indices(len(images), config.batch_size, config.seed, number)
+        batch = data.train_batch(images, config.batch_size, config.seed, number, rows)
+        arrays = (batch.images, batch.labels, index[rows])
+        placed = placement.put_batch(arrays, rows, config.batch_size)
+        np.testing.assert_array_equal(placed[0], images.images[np.asarray(placed[2])])
+        state, values = step(state, key, *placed[:2])
+        losses.append(float(values["loss"]))
+        ids.append(np.asarray(placed[2]).tolist())
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+    return losses, ids, tuple(placement.mesh.shape.values())
 
 
-def test_a_batch_that_does_not_divide_over_the_devices_is_refused():
-    sharding.check_batch(15, devices=3)
-    with pytest.raises(ConfigError, match="batch_size = 16: it must be a multiple of the 3 devices"):
-        sharding.check_batch(16, devices=3)
+def losses_of_all() -> dict[tuple[str, str], Any]:
+    sharding.LARGE_BYTES = 256  # so that these small arrays are split as large ones are
+    one = {(argument, "1 device"): losses_on(argument, 1, Layout()) for argument in SPLIT}
+    return one | {(argument, name): losses_on(argument, *LAYOUTS[name]) for argument, name in CASES}
+
+
+@pytest.fixture(scope="module")
+def found_losses() -> dict[tuple[str, str], Any]:
+    return on_devices(8, losses_of_all)
+
+
+@pytest.mark.parametrize(("argument", "layout"), CASES)
+def test_any_devices_give_the_same_samples_and_losses_as_one(found_losses, argument, layout):
+    losses, ids, shape = found_losses[argument, layout]
+    expected_losses, expected_ids, _ = found_losses[argument, "1 device"]
+    assert ids == expected_ids
+    assert len(losses) == STEPS
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert losses[-1] < losses[0] - 0.1
+    shared = {"2 devices": (1, 2, 1), "4 devices": (1, 4, 1), "8 devices": (2, 4, 1)}
+    alone = {"2 devices": (2, 1, 1), "4 devices": (4, 1, 1), "8 devices": (8, 1, 1)}
+    by_hand = {"expert 2 x model 2": (2, 2, 2), **(shared if argument == "standard,4" else alone)}
+    assert shape == by_hand.get(layout, shape)
 
 
 def test_bfloat16_compute_trains_with_float32_parameters(tmp_path):
     config = make_config(model__compute_dtype="bfloat16")
     result = train.run(config, tmp_path, show_progress=False)
     assert np.isfinite(result["test_nll"])
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        shapes = abstract_state(train_step.init_state(config), sharding.replicated(sharding.make_mesh()))
-        state = checkpoints.restore(6, shapes)
+    state = restored(config, tmp_path, 6)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype("float32")}

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
 
 from bvit_jax import data, evaluate, sharding, train_step, vit
 from bvit_jax.config import Config, LossConfig
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.optimizer import make_optimizer
 from bvit_jax.routing import RouterReport
+from bvit_jax.sharding import Placement
 from bvit_jax.train_step import TrainState
 from tests.conftest import make_config
 
@@ -43,8 +43,8 @@ def one_layer(kind: str, **changes: object) -> Config:
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Mesh:
-    return sharding.make_mesh()
+def placement() -> Placement:
+    return sharding.place(small_config("standard,4").model, BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_the_loss_without_mixtures_is_the_smoothed_cross_entropy():
 
 
 @pytest.mark.parametrize("kind", ["dense,4", "butterfly,4,tied"])
-def test_a_step_is_the_gradient_step_of_the_whole_loss(kind, batch, mesh, key):
+def test_a_step_is_the_gradient_step_of_the_whole_loss(kind, batch, placement, key):
     config = one_layer(kind, loss__load_balance=0.3, loss__router_z=0.2, loss__smoothness=0.4)
     state, (images, labels) = make_state(config), batch
 
@@ -125,7 +125,7 @@ def test_a_step_is_the_gradient_step_of_the_whole_loss(kind, batch, mesh, key):
         return loss, logits, optax.tree.norm(gradients), optax.apply_updates(params, updates)
 
     loss, logits, norm, params = by_hand(state.params)
-    after, metrics = train_step.make_train_step(config, mesh)(state, key, images, labels)
+    after, metrics = train_step.make_train_step(config, placement)(state, key, images, labels)
     assert int(after.step) == 1
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
@@ -144,9 +144,9 @@ def test_a_step_is_the_gradient_step_of_the_whole_loss(kind, batch, mesh, key):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_of_a_fixed_batch_falls_and_states_stay_finite_at_extremes(kind, batch, mesh, key):
+def test_the_loss_of_a_fixed_batch_falls_and_states_stay_finite_at_extremes(kind, batch, placement, key):
     config = one_layer(kind)
-    step = train_step.make_train_step(config, mesh)
+    step = train_step.make_train_step(config, placement)
     state = make_state(config)
     extreme = copy_of(state)
     found = []
@@ -172,16 +172,16 @@ def noisy() -> Config:
     return one_layer("dense,4", data__max_shift=1, data__noise=0.2)
 
 
-def test_a_step_is_deterministic_and_leaves_no_trace(noisy, batch, mesh, key):
-    step = train_step.make_train_step(noisy, mesh)
+def test_a_step_is_deterministic_and_leaves_no_trace(noisy, batch, placement, key):
+    step = train_step.make_train_step(noisy, placement)
     state = make_state(noisy)
     first = step(copy_of(state), key, *batch)
     step(copy_of(state), jax.random.key(5), *batch)
     assert_equal(step(copy_of(state), key, *batch), first)
 
 
-def test_the_state_passed_in_is_donated_and_donating_changes_nothing(noisy, batch, mesh, key):
-    step = train_step.make_train_step(noisy, mesh)
+def test_the_state_passed_in_is_donated_and_donating_changes_nothing(noisy, batch, placement, key):
+    step = train_step.make_train_step(noisy, placement)
     state = make_state(noisy)
     kept = jax.jit(step.__wrapped__)(state, key, *batch)
     given = copy_of(state)
@@ -191,8 +191,8 @@ def test_the_state_passed_in_is_donated_and_donating_changes_nothing(noisy, batc
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), (after, metrics), kept)
 
 
-def test_randomness_comes_of_the_key_and_the_step(noisy, batch, mesh, key):
-    step = train_step.make_train_step(noisy, mesh)
+def test_randomness_comes_of_the_key_and_the_step(noisy, batch, placement, key):
+    step = train_step.make_train_step(noisy, placement)
     state = make_state(noisy)
 
     def loss(number: int, key: jax.Array) -> float:
@@ -203,26 +203,26 @@ def test_randomness_comes_of_the_key_and_the_step(noisy, batch, mesh, key):
 
 
 @pytest.mark.parametrize("change", [{"data__noise": 0.2}, {"data__max_shift": 1}, {"model__router_noise": 1.0}])
-def test_each_source_of_randomness_is_on_when_asked_for(change, batch, mesh, key):
+def test_each_source_of_randomness_is_on_when_asked_for(change, batch, placement, key):
     kind = "butterfly,4,tied" if "model__router_noise" in change else "dense,4"
     config = one_layer(kind, data__shift_probability=1.0, **change)
-    step, state = train_step.make_train_step(config, mesh), make_state(config)
+    step, state = train_step.make_train_step(config, placement), make_state(config)
     found = {float(step(copy_of(state), jax.random.key(seed), *batch)[1]["cross_entropy"]) for seed in range(3)}
     assert len(found) == 3
 
 
-def test_without_noise_the_key_does_not_matter(batch, mesh, key):
+def test_without_noise_the_key_does_not_matter(batch, placement, key):
     config = one_layer("dense,4")
-    step, state = train_step.make_train_step(config, mesh), make_state(config)
+    step, state = train_step.make_train_step(config, placement), make_state(config)
     assert_equal(step(copy_of(state), key, *batch), step(copy_of(state), jax.random.key(1), *batch))
 
 
-def test_runs_that_differ_in_their_seed_share_one_program(mesh):
-    step = train_step.make_train_step(one_layer("butterfly,4,tied", seed=0), mesh)
-    assert train_step.make_train_step(one_layer("butterfly,4,tied", seed=7), mesh) is step
-    assert train_step.make_train_step(one_layer("butterfly,4,tied", loss__smoothness=0.5), mesh) is not step
+def test_runs_that_differ_in_their_seed_share_one_program(placement):
+    step = train_step.make_train_step(one_layer("butterfly,4,tied", seed=0), placement)
+    assert train_step.make_train_step(one_layer("butterfly,4,tied", seed=7), placement) is step
+    assert train_step.make_train_step(one_layer("butterfly,4,tied", loss__smoothness=0.5), placement) is not step
     model = one_layer("butterfly,4,tied").model
-    assert train_step.make_eval_step(model, mesh) is train_step.make_eval_step(model, mesh)
+    assert train_step.make_eval_step(model, placement) is train_step.make_eval_step(model, placement)
 
 
 def test_the_first_state_is_settled_by_the_seed():
@@ -253,12 +253,12 @@ def by_hand(config: ModelConfig, params: Any, split: data.Split) -> tuple[np.nda
 @pytest.mark.parametrize(
     ("kind", "number"), [("dense,4", 11), ("standard,4", 11), ("butterfly,4,tied", 11), ("dense,4", 8), ("dense,4", 3)]
 )
-def test_evaluation_equals_a_sum_over_images(kind, number, mesh):
+def test_evaluation_equals_a_sum_over_images(kind, number, placement):
     config = small_config(kind)
     params, split = make_state(config).params, split_of(number)
     logits, report = by_hand(config.model, params, split)
     expected = -log_softmax(logits)[np.arange(number), split.labels]
-    found = evaluate.evaluate(params, config.model, split, 4, mesh)
+    found = evaluate.evaluate(params, config.model, split, 4, placement)
     assert found.count == number
     assert found.accuracy == pytest.approx(np.mean(logits.argmax(axis=1) == split.labels), abs=1e-9)
     assert found.nll == pytest.approx(expected.mean(), rel=1e-5)
@@ -274,19 +274,19 @@ def test_evaluation_equals_a_sum_over_images(kind, number, mesh):
     np.testing.assert_allclose(found.entropy_M, report.entropy, rtol=1e-5)
 
 
-def test_accuracy_is_exact_where_some_are_right(mesh):
+def test_accuracy_is_exact_where_some_are_right(placement):
     config = small_config("dense,4")
     params, split = make_state(config).params, split_of(13)
     predicted = by_hand(config.model, params, split)[0].argmax(axis=1)
     labels = np.where(np.arange(13) < 9, predicted, (predicted + 1) % 10).astype(np.int32)
-    found = evaluate.evaluate(params, config.model, data.Split(split.images, labels), 5, mesh)
+    found = evaluate.evaluate(params, config.model, data.Split(split.images, labels), 5, placement)
     assert found.accuracy == 9 / 13
 
 
-def test_padding_counts_nowhere(batch, mesh):
+def test_padding_counts_nowhere(batch, placement):
     config = small_config("standard,4")
     params, (images, labels) = make_state(config).params, batch
-    step = train_step.make_eval_step(config.model, mesh)
+    step = train_step.make_eval_step(config.model, placement)
     weights = np.array([1, 1, 1, 0, 0, 0, 0, 0], np.float32)
     found = step(params, images, labels, weights)
     others = images.copy()
@@ -299,20 +299,20 @@ def test_padding_counts_nowhere(batch, mesh):
         np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
 
 
-def test_evaluation_knows_no_noise(mesh):
+def test_evaluation_knows_no_noise(placement):
     still, noisy = (small_config("butterfly,4,tied", model__router_noise=noise).model for noise in (0.0, 1.0))
     params, split = make_state(small_config("butterfly,4,tied")).params, split_of(6)
-    found = evaluate.evaluate(params, noisy, split, 4, mesh)
-    assert found == evaluate.evaluate(params, still, split, 4, mesh)
+    found = evaluate.evaluate(params, noisy, split, 4, placement)
+    assert found == evaluate.evaluate(params, still, split, 4, placement)
 
 
-def test_experts_that_receive_nothing_are_dead(mesh):
+def test_experts_that_receive_nothing_are_dead(placement):
     # A router of zeros ties all experts, and a tie goes to the first two.
     config = small_config("butterfly,4,tied")
     params = make_state(config).params
     router = params["segment_0"]["block_0"]["ffn"]["router"]
     router["kernel"] = router["kernel"].at[1].set(0)  # of the second layer alone
-    found = evaluate.evaluate(params, config.model, split_of(5), 4, mesh)
+    found = evaluate.evaluate(params, config.model, split_of(5), 4, placement)
     assert found.load_MxE[1] == (0.5, 0.5, 0, 0)
     assert found.dead_experts_M == (sum(share == 0 for share in found.load_MxE[0]), 2)
     assert found.entropy_M[1] == pytest.approx(math.log(4), rel=1e-6)
@@ -363,8 +363,8 @@ def test_models_without_prototypes_have_no_ternary_statistics():
         assert evaluate.ternary_statistics(make_state(config).params, config.model) == {}
 
 
-def test_a_mixture_in_some_layers_reports_those_alone(mesh):
+def test_a_mixture_in_some_layers_reports_those_alone(placement):
     config = small_config("butterfly,4,tied", model__moe_layers="second")
     params = make_state(config).params
-    found = evaluate.evaluate(params, config.model, split_of(5), 4, mesh)
+    found = evaluate.evaluate(params, config.model, split_of(5), 4, placement)
     assert (len(found.load_MxE), len(found.entropy_M)) == (1, 1)

@@ -1,0 +1,112 @@
+"""Runs of several processes, one a host: how they start, and how they agree.
+
+On Cloud TPU the addresses come from the machine; elsewhere they are given. Every process runs the same program. Files
+that are not checkpoints are the first process's business, and what it finds there is told to the others.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from bvit_jax.model_config import ConfigError, require
+
+_PLATFORMS = "jax_platforms"  # an attribute that type checkers do not see
+_GOOGLE_PCI_VENDOR = "0x1ae0"
+_TPU_PCI_DEVICES = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
+"""v3, v4, v5p, v5e, v6e, 7x: Google's network cards have the same vendor. Source: `jax._src.hardware_utils`."""
+
+
+def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins this process to the others of its run; call it before anything asks JAX for devices.
+
+    Args:
+        coordinator: HOST:PORT of the first process, which listens there; None on Cloud TPU, where nothing needs to be
+            given, and for a run of one process.
+        num_processes: processes of the run.
+        process_id: this one's number, from 0.
+
+    Raises:
+        ConfigError: if only some of the three are given, they do not fit each other, or the others do not come.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if has_tpu() and "cpu" not in str(getattr(jax.config, _PLATFORMS)):
+            jax.distributed.initialize()
+        return
+    require(
+        not missing,
+        ", ".join(missing),
+        None,
+        "given together with the others of coordinator, num_processes and process_id",
+    )
+    host, _, port = str(coordinator).rpartition(":")
+    require(bool(host) and port.isdigit() and 0 < int(port) < 2**16, "coordinator", coordinator, "HOST:PORT")
+    count, number = int(num_processes or 0), int(process_id or 0)
+    require(count >= 1, "num_processes", count, "at least 1")
+    require(0 <= number < count, "process_id", number, f"0 to {count - 1}, one under num_processes")
+    try:
+        jax.distributed.initialize(coordinator, count, number)
+    except RuntimeError as error:
+        gist = str(error).splitlines()[0]
+        failed = f"coordinator = {coordinator!r}: the {count} processes did not come together"
+        raise ConfigError(f"{failed} ({gist})") from None
+
+
+def has_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Says whether a TPU is plugged into this machine, without starting it."""
+    for path in devices.glob("*/vendor"):
+        vendor, device = (path.with_name(name).read_text().strip() for name in ("vendor", "device"))
+        if vendor == _GOOGLE_PCI_VENDOR and device in _TPU_PCI_DEVICES:
+            return True
+    return False
+
+
+def is_first() -> bool:
+    """Says whether this is the process that writes logs."""
+    return jax.process_index() == 0
+
+
+def on_first(work: Callable[[], Any]) -> Any:
+    """Does `work` in the first process, and returns what it returns, plain data, in all.
+
+    Raises:
+        ConfigError: in all processes if `work` raises one; another error of the first is a RuntimeError in the others.
+    """
+    if jax.process_count() == 1:
+        return work()
+    error: Exception | None = None
+    told: dict[str, Any] = {}
+    if is_first():
+        try:
+            told = {"returned": work()}
+        except Exception as raised:
+            error, told = raised, {"raised": str(raised), "config": isinstance(raised, ConfigError)}
+    told = json.loads(_broadcast(json.dumps(told)))
+    if error is not None:
+        raise error
+    if "raised" in told:
+        raise (ConfigError if told["config"] else RuntimeError)(told["raised"])
+    return told["returned"]
+
+
+def check_same(name: str, value: str) -> None:
+    """Raises ConfigError in all processes unless `value` is that of the first process in all."""
+    if jax.process_count() == 1:
+        return
+    same = multihost_utils.process_allgather(np.array(_broadcast(value) == value))
+    differing = np.flatnonzero(~np.asarray(same).reshape(-1))
+    require(not differing.size, name, value, f"the same in all processes; it differs in {differing.tolist()}")
+
+
+def _broadcast(text: str) -> str:
+    """Returns the first process's text in all processes."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    same_length = np.resize(content, length)  # only the first process's content counts
+    return np.asarray(multihost_utils.broadcast_one_to_all(same_length)).tobytes().decode()

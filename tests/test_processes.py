@@ -1,0 +1,398 @@
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, call, environment, make_config, on_devices
+
+from bvit_jax import data, evaluate, metrics, processes, sharding, train
+from bvit_jax.checkpoints import best_params
+from bvit_jax.config import Config
+from bvit_jax.model_config import ConfigError
+
+# Starting
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:80", None, None), "num_processes, process_id = None: {together}"),
+        ((None, 2, None), "coordinator, process_id = None: {together}"),
+        ((None, None, 0), "coordinator, num_processes = None: {together}"),
+        (("localhost:80", 2, None), "process_id = None: {together}"),
+        (("localhost:80", None, 0), "num_processes = None: {together}"),
+        ((None, 2, 0), "coordinator = None: {together}"),
+        *[
+            ((address, 2, 0), f"coordinator = {address!r}: it must be HOST:PORT")
+            for address in ("", "localhost", "localhost:", ":80", "localhost:port", "localhost:0", "localhost:65536")
+        ],
+        (("localhost:-1", 2, 0), "coordinator = 'localhost:-1': it must be HOST:PORT"),
+        (("localhost:80", 0, 0), "num_processes = 0: it must be at least 1"),
+        (("localhost:80", 2, 2), "process_id = 2: it must be 0 to 1, one under num_processes"),
+        (("localhost:80", 2, -1), "process_id = -1: it must be 0 to 1, one under num_processes"),
+    ],
+)
+def test_what_cannot_start_is_named(monkeypatch, arguments, message):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_: pytest.fail("it was started"))
+    together = "it must be given together with the others of coordinator, num_processes and process_id"
+    with pytest.raises(ConfigError) as found:
+        processes.start(*arguments)
+    assert str(found.value) == message.format(together=together)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Arguments of every start of JAX's own."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+def test_what_is_given_is_passed_on(started):
+    processes.start("10.0.0.1:8476", 4, 3)
+    processes.start("[::1]:8476", 1, 0)
+    assert started == [("10.0.0.1:8476", 4, 3), ("[::1]:8476", 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("tpu", "platforms", "starts"), [(True, None, 1), (True, "tpu", 1), (True, "cpu", 0), (False, None, 0)]
+)
+def test_hosts_of_tpus_find_each_other_and_others_are_alone(started, monkeypatch, tpu, platforms, starts):
+    monkeypatch.setattr(processes, "has_tpu", lambda: tpu)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", platforms)
+        processes.start()
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert started == [()] * starts
+
+
+def test_processes_that_do_not_come_together_are_one_clear_error(monkeypatch):
+    def fails(*_: object) -> None:
+        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out\nmany more lines")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fails)
+    with pytest.raises(ConfigError) as found:
+        processes.start("localhost:80", 2, 0)
+    assert str(found.value) == (
+        "coordinator = 'localhost:80': the 2 processes did not come together (DEADLINE_EXCEEDED: barrier timed out)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("plugged_in", "expected"),
+    [
+        ([], False),
+        ([("0x8086", "0x1237")], False),
+        ([("0x1ae0", "0x0042")], False),  # a network card
+        ([("0x8086", "0x0063")], False),
+        ([("0x1ae0", "0x0042"), ("0x8086", "0x1237"), ("0x1ae0", "0x0063")], True),
+        *[([("0x1ae0", device)], True) for device in ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")],
+    ],
+)
+def test_tpus_are_told_from_other_cards(tmp_path, plugged_in, expected):
+    for number, (vendor, device) in enumerate(plugged_in):
+        card = tmp_path / f"0000:00:{number:02x}.0"
+        card.mkdir()
+        (card / "vendor").write_text(vendor + "\n")
+        (card / "device").write_text(device + "\n")
+    assert processes.has_tpu(tmp_path) == expected
+
+
+def test_a_machine_without_a_list_of_cards_has_no_tpu(tmp_path):
+    assert not processes.has_tpu(tmp_path / "absent")
+
+
+# One process
+
+
+def test_one_process_does_its_work_itself():
+    content = object()
+    assert processes.is_first()
+    assert processes.on_first(lambda: content) is content
+    with pytest.raises(ZeroDivisionError):
+        processes.on_first(lambda: 1 // 0)
+    processes.check_same("seed", "3")
+
+
+# Two processes
+
+
+SMALL = {"num_layers": 1, "d_model": 16, "d_ff": 32, "patch_size": 4, "router_noise": 0.5}
+FLAGS = [
+    *("--config.total_steps=6", "--config.batch_size=16", "--config.log_every=2", "--config.eval_every=3"),
+    *("--config.optimizer.warmup_steps=2", *[f"--config.model.{name}={value}" for name, value in SMALL.items()]),
+]
+
+
+def short(**changes: object) -> Config:
+    """The configuration of `FLAGS`."""
+    return make_config("standard,4", **{f"model__{name}": value for name, value in SMALL.items()} | changes)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def in_pair(command: Callable[[int, int], list[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """Runs command(port, process) as two processes of two devices each, to the end of both."""
+    port = free_port()
+    settings: Any = {"cwd": ROOT, "env": environment(2), "text": True, "stdout": subprocess.PIPE}
+    running = [subprocess.Popen(command(port, i), **settings, stderr=subprocess.PIPE) for i in (0, 1)]
+    try:
+        outputs = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
+        for process, output in zip(running, outputs, strict=True)
+    ]
+
+
+def train_in_pair(workdir: Path, *flags: str, second: tuple[str, ...] = ()) -> list[subprocess.CompletedProcess[str]]:
+    def command(port: int, number: int) -> list[str]:
+        where = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}"]
+        run = ["experiments.train", "--config=configs/digits.py:standard,4", f"--workdir={workdir}", *FLAGS, *where]
+        return [sys.executable, "-m", *run, *flags, *(second if number else ())]
+
+    return in_pair(command)
+
+
+def printed(process: subprocess.CompletedProcess[str]) -> list[str]:
+    """Lines on standard output, without those of the library that connects CPUs."""
+    return [line for line in process.stdout.splitlines() if not line.startswith("[Gloo]")]
+
+
+def raised(work: Callable[[], Any]) -> tuple[str, str] | None:
+    try:
+        work()
+    except (Exception, KeyboardInterrupt) as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def stopped_run(workdir: Path) -> None:
+    """Trains, and is interrupted after the fourth of six steps; the third one's checkpoint is kept."""
+    batch_of = data.train_batch
+
+    def stops(split: data.Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> data.Batch:
+        if step == 4:
+            raise KeyboardInterrupt
+        return batch_of(split, batch_size, seed, step, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "train_batch", stops)
+        train.run(short(), workdir, show_progress=False)
+
+
+def talk(port: int, number: int, folder: str) -> None:
+    """What each of two processes does: everything that needs both, but entry points."""
+    processes.start(f"localhost:{port}", 2, number)
+    done: list[int] = []
+
+    def work() -> Any:
+        done.append(number)
+        return {"number": number, "nested": [1, 0.5, None, {"é": "ü" * 5000}]}
+
+    def fail(error: Exception) -> Any:
+        raise error
+
+    found: dict[str, Any] = {
+        "is_first": processes.is_first(),
+        "returned": processes.on_first(work),
+        "done": done,
+        "nothing": processes.on_first(lambda: None),
+        "config error": raised(lambda: processes.on_first(lambda: fail(ConfigError("é = 3: it must be 4")))),
+        "other error": raised(lambda: processes.on_first(lambda: fail(OSError("disk full")))),
+        "same": raised(lambda: processes.check_same("seed", "12")),
+        "other": raised(lambda: processes.check_same("seed", f"1{number}")),
+        "longer": raised(lambda: processes.check_same("seed", "ä" * (3 + 2 * number))),
+        "after all": processes.on_first(lambda: number),
+    }
+
+    config = short()
+    placement = sharding.place(config.model, 16)
+    rows = placement.host_rows(16)
+    batch = placement.put_batch(np.arange(16)[rows] ** 2, rows, 16)
+    found["rows"] = rows.tolist()
+    found["sum"] = int(jax.jit(lambda batch: (batch * np.arange(16)).sum(), out_shardings=placement.replicated)(batch))
+
+    found["stopped"] = raised(lambda: stopped_run(Path(folder) / "stopped"))
+    # Begun with one device, see `pair`.
+    found["result"] = train.run(config, Path(folder) / "begun", show_progress=False)
+    found["again"] = train.run(config, Path(folder) / "begun", show_progress=False)
+    (Path(folder) / f"{number}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process with one device."""
+    workdir = tmp_path_factory.mktemp("alone")
+    train.run(short(), workdir, show_progress=False)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder that two processes worked in, and what each found."""
+    folder = tmp_path_factory.mktemp("pair")
+    with pytest.raises(KeyboardInterrupt):
+        stopped_run(folder / "begun")
+    ended = in_pair(lambda port, number: call(talk, port, number, str(folder)))
+    for process in ended:
+        assert process.returncode == 0, process.stderr
+    return folder, [json.loads((folder / f"{i}.json").read_text()) for i in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
+    """A run that two processes with two devices each did from start to end, by the entry point."""
+    workdir = tmp_path_factory.mktemp("trained")
+    return workdir, train_in_pair(workdir)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    """Nested plain data: numbers equal up to rounding, the rest exactly."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if isinstance(b, float):
+            assert a == pytest.approx(b, rel=1e-5)
+        else:
+            assert a == b
+
+
+def rows_of(workdir: Path) -> list[dict[str, Any]]:
+    return metrics.read_rows(workdir / "metrics.jsonl")
+
+
+def result_of(workdir: Path) -> dict[str, Any]:
+    result = json.loads((workdir / "result.json").read_text())
+    return {name: value for name, value in result.items() if name not in ("timing", "memory")}
+
+
+def test_the_first_works_and_all_are_told(pair):
+    first, second = pair[1]
+    assert (first["is_first"], second["is_first"]) == (True, False)
+    assert first["returned"] == second["returned"]
+    assert first["returned"] == {"number": 0, "nested": [1, 0.5, None, {"é": "ü" * 5000}]}
+    assert (first["done"], second["done"]) == ([0], [])
+    assert first["nothing"] is second["nothing"] is None
+    assert first["after all"] == second["after all"] == 0
+
+
+def test_an_error_of_the_first_is_one_of_all(pair):
+    first, second = pair[1]
+    assert first["config error"] == second["config error"] == ["ConfigError", "é = 3: it must be 4"]
+    assert first["other error"] == ["OSError", "disk full"]
+    assert second["other error"] == ["RuntimeError", "disk full"]
+
+
+def test_the_process_that_differs_is_named_in_all(pair):
+    for number, found in enumerate(pair[1]):
+        assert found["same"] is None
+        differs = "it must be the same in all processes; it differs in [1]"
+        assert found["other"] == ["ConfigError", f"seed = '1{number}': {differs}"]
+        assert found["longer"] == ["ConfigError", f"seed = '{'ä' * (3 + 2 * number)}': {differs}"]
+
+
+def test_each_process_holds_its_part_of_the_batch(pair):
+    assert [found["rows"] for found in pair[1]] == [list(range(8)), list(range(8, 16))]
+    assert [found["sum"] for found in pair[1]] == [sum(i**3 for i in range(16))] * 2
+
+
+def test_a_run_stopped_under_two_processes_is_taken_up_by_one(pair, alone, tmp_path):
+    assert [found["stopped"] for found in pair[1]] == [["KeyboardInterrupt", ""]] * 2
+    workdir = tmp_path / "stopped"
+    shutil.copytree(pair[0] / "stopped", workdir)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3"}
+    assert not (workdir / "result.json").exists()
+    train.run(short(), workdir, show_progress=False)
+    assert_close(rows_of(workdir), rows_of(alone))
+    assert_close(result_of(workdir), result_of(alone))
+
+
+def test_a_run_stopped_under_one_process_is_taken_up_by_two(pair, alone):
+    workdir, found = pair[0] / "begun", pair[1]
+    assert_close(rows_of(workdir), rows_of(alone))
+    assert_close(result_of(workdir), result_of(alone))
+    # A finished run's result is told to all.
+    result = json.loads((workdir / "result.json").read_text())
+    assert all(each["result"] == each["again"] == result for each in found)
+
+
+def test_two_processes_train_and_the_first_alone_reports(trained):
+    workdir, ended = trained
+    for process in ended:
+        assert process.returncode == 0, process.stderr
+    assert f"run {short().digest()} in {workdir}, 4 devices, 2 processes" in ended[0].stdout
+    assert "step      3  validation accuracy" in ended[0].stdout
+    assert printed(ended[0])[-1] == f"result: {workdir / 'result.json'}"
+    assert printed(ended[1]) == []
+    assert json.loads((workdir / "config.json").read_text()) == short().to_dict()
+    assert [(row["step"], row["split"]) for row in rows_of(workdir)] == [
+        *[(2, "train"), (3, "validation"), (4, "train"), (6, "train"), (6, "validation"), (6, "test")],
+    ]
+    timing = metrics.read_rows(workdir / "timing.jsonl")
+    assert [row["step"] for row in timing] == [2, 4, 6, 6]
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+
+
+def on_four_devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as workdir:
+        train.run(short(), Path(workdir), show_progress=False)
+        return rows_of(Path(workdir)), result_of(Path(workdir))
+
+
+def test_two_processes_compute_what_one_does(trained, alone):
+    workdir, _ = trained
+    rows, result = on_devices(4, on_four_devices)
+    for other_rows, other_result in ((rows, result), (rows_of(alone), result_of(alone))):
+        assert_close(rows_of(workdir), other_rows)
+        assert_close(result_of(workdir), other_result)
+
+
+def test_checkpoints_of_two_processes_are_read_by_one(trained):
+    workdir, _ = trained
+    config, step, params = best_params(workdir)
+    result = result_of(workdir)
+    assert (config, step) == (short(), result["best_step"])
+    placement = sharding.place(config.model, 40, devices=jax.devices()[:1])
+    found = evaluate.evaluate(params, config.model, data.load(config.data).test, 40, placement)
+    assert found.accuracy == result["test_accuracy"]
+    assert found.nll == pytest.approx(result["test_nll"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "second", "message"),
+    [
+        (["--config.seed=3"], (), "workdir = '{workdir}': it is of another configuration; choose another workdir"),
+        (["--expert_axis=3"], (), "expert_axis = 3: it must be a divisor of 4 devices"),
+        (
+            [],
+            ("--config.seed=1",),
+            "configuration = '{digest}': it must be the same in all processes; it differs in [1]",
+        ),
+    ],
+)
+def test_what_cannot_run_is_one_clear_error_of_both(trained, flags, second, message):
+    workdir, _ = trained
+    before = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+    for number, process in enumerate(train_in_pair(workdir, *flags, second=second)):
+        assert process.returncode == 2, process.stderr
+        digest = short(seed=number).digest()
+        [line] = [line for line in process.stderr.splitlines() if line.startswith("error:")]
+        assert line.startswith(f"error: {message.format(workdir=workdir, digest=digest)}")
+        assert "Traceback" not in process.stderr
+    assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
