@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_type_hints
 
-from bvit_jax.model_config import VARIANTS, ConfigError, ModelConfig, VitShape, require, require_choice
+from bvit_jax.model_config import VARIANTS, ConfigError, Family, Form, ModelConfig, VitShape, require, require_choice
 
 DataName = Literal["digits", "procedural"]
 LARGEST_INTEGER = 2**53
@@ -137,6 +137,12 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain data, ready for JSON."""
         return dataclasses.asdict(self)
+
+    def with_experts(self, family: Family, form: Form, num_experts: int) -> "Config":
+        """Returns the same run of another kind of model with that many experts; at most so many are selected."""
+        top_k = min(self.model.top_k, num_experts)
+        model = dataclasses.replace(self.model, family=family, form=form, num_experts=num_experts, top_k=top_k)
+        return dataclasses.replace(self, model=model.canonical())
 
     def digest(self) -> str:
         """Returns 12 hexadecimal digits that name this configuration."""

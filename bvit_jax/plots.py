@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bvit_jax.compiled import Row
 from bvit_jax.scaling import Point, by_variant, growth
 from bvit_jax.sweep import Summary
 
@@ -43,6 +44,19 @@ def memory_plot(points: Sequence[Point], title: str, path: Path) -> Path:
     """Draws bytes against experts, a panel a family and form, a line a number format, in both accountings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return _draw(path, partial(_memory, points=points, title=title), size=(8.0, 7.0), legend=False)
+
+
+def compile_plot(rows: Sequence[Row], title: str, path: Path) -> Path:
+    """Draws bytes a chip and bytes between chips against experts, a row of panels a topology.
+
+    Args:
+        rows: of any topologies, families and steps.
+        title: of the picture.
+        path: where to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height = 1.0 + 3.0 * len({row.case.topology for row in rows})
+    return _draw(path, partial(_compiled, rows=rows, title=title), size=(8.0, height))
 
 
 def _draw(path: Path, draw: Callable[[Figure], None], size: tuple[float, float] = _SIZE, legend: bool = True) -> Path:
@@ -163,3 +177,52 @@ def _expert_axis(axes: Axes, summaries: Sequence[Summary]) -> None:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xlim(counts[0] / 1.3, counts[-1] * 1.3)
     axes.set_xlabel("experts")
+
+
+def _compiled(figure: Figure, rows: Sequence[Row], title: str) -> None:
+    names = list(dict.fromkeys(row.case.topology for row in rows))
+    panels = figure.subplots(len(names), 2, sharex=True, squeeze=False)
+    kinds = list(dict.fromkeys((row.case.family, row.case.step) for row in rows))
+    families = list(dict.fromkeys(family for family, _ in kinds))
+    for name, (memory, traffic) in zip(names, panels, strict=True):
+        here = [row for row in rows if row.case.topology == name]
+        for family, step in kinds:
+            line = [row for row in here if (row.case.family, row.case.step) == (family, step)]
+            index = families.index(family)
+            style: dict[str, Any] = {
+                "color": _COLOURS[index],
+                "marker": _MARKERS[index],
+                "markersize": 4,
+                "linestyle": "-" if step == "train" else ":",
+                "label": f"{family}, {step}",
+            }
+            _compiled_line(memory, line, lambda row: row.compiled.peak_bytes, 1e9, style)
+            _compiled_line(traffic, line, lambda row: row.compiled.collective_bytes, 1e6, style)
+        limit = here[0].compiled.hbm_bytes / 1e9
+        memory.axhline(limit, color="0.3", linestyle="--", linewidth=1)
+        memory.annotate("HBM", (1, limit), (2, 2), textcoords="offset points", fontsize=7)
+        memory.set_ylabel(f"{name}\npeak of a chip (GB)")
+        traffic.set_ylabel("collectives of a chip (MB)")
+    for axes in panels.flat:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+    for axes in panels[-1]:
+        axes.set_xlabel("experts")
+    figure.suptitle(f"{title}\nby the TPU compiler; hollow: does not fit", fontsize=9)
+
+
+def _compiled_line(
+    axes: Axes, line: Sequence[Row], value: Callable[[Row], int | None], unit: float, style: dict[str, Any]
+) -> None:
+    """Draws one family and step; a dense model, which has no experts, as a level."""
+    known = [(row.case.num_experts, (value(row) or 0) / unit, row.compiled.status) for row in line if value(row)]
+    if not known:
+        return
+    if line[0].case.family == "dense":
+        axes.axhline(known[0][1], **{name: style[name] for name in ("color", "linestyle", "label")})
+        return
+    experts, values, _ = zip(*known, strict=True)
+    axes.plot(experts, values, **style)
+    hollow = [(number, y) for number, y, status in known if status != "fits"]
+    if hollow:
+        axes.plot(*zip(*hollow, strict=True), marker=style["marker"], color=style["color"], mfc="white", linestyle="")

@@ -130,10 +130,7 @@ def points(config: Config, variants: Sequence[Variant], experts: Sequence[int]) 
 
 def with_experts(config: Config, variant: Variant, num_experts: int) -> Config:
     """Returns a run's configuration for another kind of model with that many experts; at most so many are selected."""
-    top_k = min(config.model.top_k, num_experts)
-    kind: dict[str, Any] = {"family": variant.family, "form": variant.form}
-    model = dataclasses.replace(config.model, num_experts=num_experts, top_k=top_k, **kind)
-    return dataclasses.replace(config, model=model.canonical())
+    return config.with_experts(variant.family, variant.form, num_experts)
 
 
 def by_variant(points_: Iterable[Point]) -> dict[Variant, list[Point]]:

@@ -16,7 +16,9 @@ from bvit_jax.model_config import ConfigError
 LOCK_FILE = ".lock"
 
 
-def claim(directory: Path, identity_file: str, identity: dict[str, Any], outputs: tuple[str, ...]) -> None:
+def claim(
+    directory: Path, identity_file: str, identity: dict[str, Any], outputs: tuple[str, ...], flag: str = "workdir"
+) -> None:
     """Makes the directory and records what it is for, or checks that it is for the same.
 
     Args:
@@ -25,12 +27,13 @@ def claim(directory: Path, identity_file: str, identity: dict[str, Any], outputs
         identity: plain data, the content of that file.
         outputs: names of files and folders that work here would write; in a directory without the identity file they
             belong to somebody else.
+        flag: what the user calls the directory.
 
     Raises:
         ConfigError: if the directory cannot be written to, holds something else, or its identity file is damaged;
             nothing in it is changed.
     """
-    name = f"workdir = {str(directory)!r}"
+    name = f"{flag} = {str(directory)!r}"
     path = directory / identity_file
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -40,7 +43,7 @@ def claim(directory: Path, identity_file: str, identity: dict[str, Any], outputs
     if not path.exists():
         foreign = [output for output in outputs if (directory / output).exists()]
         if foreign:
-            raise ConfigError(f"{name}: it holds {', '.join(foreign)} but no {identity_file}; choose another workdir")
+            raise ConfigError(f"{name}: it holds {', '.join(foreign)} but no {identity_file}; choose another {flag}")
         files.write_json(path, identity)
         return
     try:
@@ -48,22 +51,23 @@ def claim(directory: Path, identity_file: str, identity: dict[str, Any], outputs
         if not isinstance(stored, dict):
             raise ValueError("not a JSON object")
     except ValueError as error:  # of JSON or of UTF-8
-        raise ConfigError(f"{path} is damaged ({error}); restore it or choose another workdir") from None
+        raise ConfigError(f"{path} is damaged ({error}); restore it or choose another {flag}") from None
     differing = differences(stored, json.loads(json.dumps(identity)))
     if differing:
         raise ConfigError(
-            f"{name}: it is of another configuration; choose another workdir. "
+            f"{name}: it is of another configuration; choose another {flag}. "
             f"Stored against asked for: {'; '.join(differing)}"
         )
 
 
 @contextlib.contextmanager
-def locked(directory: Path, patience_seconds: float) -> Iterator[None]:
+def locked(directory: Path, patience_seconds: float, flag: str = "workdir") -> Iterator[None]:
     """Keeps other processes of this machine out of an existing directory; the lock goes with the process.
 
     Args:
         directory: a claimed one.
         patience_seconds: how long to wait for another process to end.
+        flag: what the user calls the directory.
 
     Raises:
         ConfigError: if another process works there for longer than that; the message names it.
@@ -77,7 +81,7 @@ def locked(directory: Path, patience_seconds: float) -> Iterator[None]:
             except OSError:
                 if time.monotonic() > deadline:
                     holder = lock.read() or "unknown"
-                    raise ConfigError(f"workdir = {str(directory)!r}: in use by another process ({holder})") from None
+                    raise ConfigError(f"{flag} = {str(directory)!r}: in use by another process ({holder})") from None
                 time.sleep(0.1)
         lock.truncate()
         lock.write(f"host {socket.gethostname()}, process {os.getpid()}")

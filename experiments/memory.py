@@ -13,9 +13,8 @@ from ml_collections import config_flags
 from rich.table import Table
 
 from bvit_jax import config, devices, energy, memory_report, scaling
-from bvit_jax.model_config import require
 from bvit_jax.storage import Storage
-from experiments import entry, storage_flags, tables
+from experiments import entry, number_flags, storage_flags, tables
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/paper.py.")
 _EXPERTS = flags.DEFINE_list("experts", [str(2**power) for power in range(13)], "Numbers of experts, comma between.")
@@ -29,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     """Writes the report and prints its tables for the largest number of experts up to 64."""
     del argv
     resolved = config.resolve(entry.read_config(_CONFIG))
-    experts = _numbers(_EXPERTS.value)
+    experts = number_flags.numbers("experts", _EXPERTS.value)
     rest = storage_flags.given(resolved.model)
     out = entry.make_directory("out", str(_OUT.value))
     points = memory_report.write(resolved, rest, experts, out)
@@ -76,14 +75,6 @@ def _energies(rows: Sequence[energy.Comparison]) -> Table:
 def _describe(rest: Storage) -> str:
     trits = "5 trits a byte" if rest.trits == "base3" else "2 bits a trit"
     return f"router {rest.router}, dense matrices {rest.experts}, backbone {rest.backbone}, {trits}"
-
-
-def _numbers(listed: Sequence[str]) -> tuple[int, ...]:
-    for text in listed:
-        require(text.strip().isdigit() and int(text) > 0, "experts", ",".join(listed), "numbers from 1, comma between")
-    numbers = tuple(sorted({int(text) for text in listed}))
-    require(bool(numbers), "experts", "", "numbers from 1, comma between")
-    return numbers
 
 
 if __name__ == "__main__":

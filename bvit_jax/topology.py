@@ -1,0 +1,146 @@
+"""Compiles the very training and evaluation steps for TPU slices that are not there, by the real TPU compiler.
+
+`libtpu` holds the compiler and runs it on any Linux machine. The compiled program is what the slice would execute, so
+what it says of memory and of traffic between chips is measured; how long it would run it does not say.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from bvit_jax import exchange, hlo, sharding, train_step
+from bvit_jax.compiled import STEPS, Compiled, Step
+from bvit_jax.config import Config
+from bvit_jax.model_config import ConfigError, require, require_choice
+from bvit_jax.sharding import Layout, Placement
+
+HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+"""What the compiler (libtpu 0.0.42.1) lets one program have of a device's memory. v4 and tpu7x: a device is one of a
+chip's two cores."""
+_NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def devices_of(name: str) -> list[Any]:
+    """Returns the devices of a topology such as `v5e:4x4`, to compile for.
+
+    Raises:
+        ConfigError: if there is no such topology, or libtpu is not installed.
+    """
+    kind, _, shape = name.partition(":")
+    wanted = f"one of {', '.join(HBM_GIB)}, then :2x2 or larger (v4, v5p: :2x2x1), such as v5e:4x4"
+    known = kind in HBM_GIB and re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape)
+    require(bool(known), "topology", name, wanted)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("libtpu is not installed, and it holds the TPU compiler: pip install -r requirements-tpu.txt")
+    for variable, value in _QUIET.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return list(topologies.get_topology_desc(topology_name=name, platform="tpu").devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"topology = {name!r}: it must be {wanted} ({_gist(error)})") from None
+
+
+_QUIET = {
+    # No questions to a metadata server that is not there, no log files, and no lock: nothing runs on a TPU here.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def compile_step(config: Config, topology: str, step: Step, layout: Layout = sharding.DEFAULT) -> Compiled:
+    """Compiles one step of a run for a topology.
+
+    Args:
+        config: the run.
+        topology: as for `devices_of`.
+        step: `train`, as `train_step.make_train_step` gives it, or `eval`, as `make_eval_step`.
+        layout: of the mesh.
+
+    Raises:
+        ConfigError: if there is no such topology or step, or the model does not divide over it. What the compiler
+            refuses is no error but the result.
+    """
+    require_choice("step", step, STEPS)
+    placement = sharding.place(config.model, config.batch_size, layout, devices_of(topology))
+    axes = {f"{axis}_axis": size for axis, size in placement.mesh.shape.items()}
+    hbm_bytes = int(HBM_GIB[topology.partition(":")[0]] * 2**30)
+    start = time.perf_counter()
+    try:
+        program = build(config, placement, step)
+    except jax.errors.JaxRuntimeError as error:
+        needed = _NEEDED.search(str(error))
+        seconds = time.perf_counter() - start
+        if needed is None:
+            return Compiled("failed", **axes, hbm_bytes=hbm_bytes, compile_seconds=seconds, error=_gist(error))
+        peak = int(float(needed[1]) * _UNITS[needed[2]])
+        return Compiled("does not fit", **axes, hbm_bytes=hbm_bytes, peak_bytes=peak, compile_seconds=seconds)
+    return Compiled("fits", **axes, hbm_bytes=hbm_bytes, compile_seconds=time.perf_counter() - start, **_read(program))
+
+
+def build(config: Config, placement: Placement, step: Step) -> jax.stages.Compiled:
+    """Compiles a step for a placement, and keeps it out of JAX's cache: without a TPU it could not be read back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        return lower(config, placement, step).compile()
+    finally:
+        jax.config.update(name, before)
+
+
+def lower(config: Config, placement: Placement, step: Step) -> jax.stages.Lowered:
+    """Lowers a step for a placement; no array is made."""
+    images, labels, weights = batch_shapes(config, placement)
+    state = jax.tree.map(
+        lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to),
+        jax.eval_shape(lambda: train_step.init_state(config)),
+        train_step.state_shardings(config, placement),
+    )
+    if step == "eval":
+        return train_step.make_eval_step(config.model, placement).lower(state.params, images, labels, weights)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placement.replicated)
+    return train_step.make_train_step(config, placement).lower(state, key, images, labels)
+
+
+def batch_shapes(config: Config, placement: Placement) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Describes a batch on its devices: images, labels, weights."""
+    model, batch = config.model, config.batch_size
+    pixels = (batch, model.image_size, model.image_size, model.channels)
+    kinds = ((pixels, jnp.float32), ((batch,), jnp.int32), ((batch,), jnp.float32))
+    return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=placement.batch) for shape, dtype in kinds)
+
+
+def _read(program: jax.stages.Compiled) -> dict[str, Any]:
+    memory: Any = program.memory_analysis()
+    cost: Any = program.cost_analysis()
+    found = hlo.read(str(program.as_text()), rare=exchange.OVERFLOW_SCOPE)
+    by_kind = found.bytes_by_kind()
+    return {
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "matmul_flops": found.matmul_flops,
+        "traffic_bytes": found.hbm_bytes,
+        "collective_bytes": sum(by_kind.values()),
+        "by_kind": by_kind,
+        "flops_unlooped": float(cost["flops"]),
+        "accessed_unlooped": float(cost["bytes accessed"]),
+    }
+
+
+def _gist(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
