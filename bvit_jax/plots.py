@@ -1,6 +1,6 @@
 """Pictures of a sweep: accuracy, bytes and experts against each other, one file each. MB are decimal, 10^6 bytes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def _accuracy_against_experts(figure: Figure, summaries: Sequence[Summary]) -> N
             beside = 1.03 ** (index - 1)  # keeps the error bars of equal numbers of experts apart
             experts = [beside * number for number in _experts(line)]
             axes.errorbar(experts, mean, spread, marker=_MARKERS[index % 7], capsize=3, **style)
-    _expert_axis(axes, summaries)
+    _expert_axis(axes, (s.sample.num_experts for s in summaries if s.sample.family != "dense"))
     axes.set_ylabel("test accuracy (%)")
     axes.set_title("Accuracy against experts, mean ± standard deviation over seeds", fontsize=10)
 
@@ -110,7 +110,7 @@ def _bytes_against_experts(figure: Figure, summaries: Sequence[Summary]) -> None
                 axes.axhline(megabytes[0], **style)
             else:
                 axes.plot(_experts(line), megabytes, marker=_MARKERS[index % 7], **style)
-    _expert_axis(axes, summaries)
+    _expert_axis(axes, (s.sample.num_experts for s in summaries if s.sample.family != "dense"))
     axes.set_yscale("log")
     axes.set_ylabel("MB")
     axes.set_title("Bytes against experts (full: every tensor; paper: expert matrices)", fontsize=10)
@@ -171,8 +171,8 @@ def _experts(line: Sequence[Summary]) -> list[int]:
     return [s.sample.num_experts for s in line]
 
 
-def _expert_axis(axes: Axes, summaries: Sequence[Summary]) -> None:
-    counts = sorted({s.sample.num_experts for s in summaries if s.sample.family != "dense"}) or [1]
+def _expert_axis(axes: Axes, numbers: Iterable[int]) -> None:
+    counts = sorted(set(numbers)) or [1]
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xlim(counts[0] / 1.3, counts[-1] * 1.3)
@@ -181,34 +181,27 @@ def _expert_axis(axes: Axes, summaries: Sequence[Summary]) -> None:
 
 def _compiled(figure: Figure, rows: Sequence[Row], title: str) -> None:
     names = list(dict.fromkeys(row.case.topology for row in rows))
+    families = list(dict.fromkeys(row.case.family for row in rows))
     panels = figure.subplots(len(names), 2, sharex=True, squeeze=False)
-    kinds = list(dict.fromkeys((row.case.family, row.case.step) for row in rows))
-    families = list(dict.fromkeys(family for family, _ in kinds))
     for name, (memory, traffic) in zip(names, panels, strict=True):
         here = [row for row in rows if row.case.topology == name]
-        for family, step in kinds:
-            line = [row for row in here if (row.case.family, row.case.step) == (family, step)]
-            index = families.index(family)
-            style: dict[str, Any] = {
-                "color": _COLOURS[index],
-                "marker": _MARKERS[index],
-                "markersize": 4,
-                "linestyle": "-" if step == "train" else ":",
-                "label": f"{family}, {step}",
-            }
-            _compiled_line(memory, line, lambda row: row.compiled.peak_bytes, 1e9, style)
-            _compiled_line(traffic, line, lambda row: row.compiled.collective_bytes, 1e6, style)
+        for index, family in enumerate(families):
+            for step, linestyle in (("train", "-"), ("eval", ":")):
+                line = [row for row in here if (row.case.family, row.case.step) == (family, step)]
+                style: dict[str, Any] = {"color": _COLOURS[index], "marker": _MARKERS[index], "linestyle": linestyle}
+                style |= {"markersize": 4, "label": f"{family}, {step}"}
+                _compiled_line(memory, line, lambda row: row.compiled.peak_bytes, 1e9, style)
+                if step == "train":
+                    _compiled_line(traffic, line, lambda row: row.compiled.collective_bytes, 1e6, style)
         limit = here[0].compiled.hbm_bytes / 1e9
         memory.axhline(limit, color="0.3", linestyle="--", linewidth=1)
-        memory.annotate("HBM", (1, limit), (2, 2), textcoords="offset points", fontsize=7)
+        memory.annotate("HBM", (0.01, limit), (2, 2), ("axes fraction", "data"), "offset points", fontsize=7)
         memory.set_ylabel(f"{name}\npeak of a chip (GB)")
-        traffic.set_ylabel("collectives of a chip (MB)")
+        traffic.set_ylabel("collectives of a training step (MB)")
     for axes in panels.flat:
-        axes.set_xscale("log", base=2)
+        _expert_axis(axes, (row.case.num_experts for row in rows if row.case.family != "dense"))
         axes.set_yscale("log")
-    for axes in panels[-1]:
-        axes.set_xlabel("experts")
-    figure.suptitle(f"{title}\nby the TPU compiler; hollow: does not fit", fontsize=9)
+    figure.suptitle(f"{title}\nof one chip, by the TPU compiler; hollow: does not fit", fontsize=9)
 
 
 def _compiled_line(
@@ -225,4 +218,5 @@ def _compiled_line(
     axes.plot(experts, values, **style)
     hollow = [(number, y) for number, y, status in known if status != "fits"]
     if hollow:
-        axes.plot(*zip(*hollow, strict=True), marker=style["marker"], color=style["color"], mfc="white", linestyle="")
+        numbers, tops = zip(*hollow, strict=True)
+        axes.plot(numbers, tops, marker=style["marker"], color=style["color"], mfc="white", linestyle="", zorder=3)

@@ -21,6 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bvit_jax.model_config import ModelConfig, require
@@ -148,8 +149,8 @@ def place(
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(model, batch_size, layout, len(devices))
-    mesh = jax.make_mesh(shape, (DATA, EXPERT, MODEL), axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Placement(mesh, layout.fsdp)
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Placement(Mesh(grid, (DATA, EXPERT, MODEL), axis_types=(AxisType.Auto,) * 3), layout.fsdp)
 
 
 def mesh_shape(model: ModelConfig, batch_size: int, layout: Layout, count: int) -> tuple[int, int, int]:

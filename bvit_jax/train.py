@@ -89,9 +89,11 @@ class _Run:
         self.show_progress = show_progress
         self.clock = _Clock(config.batch_size)
         self.dataset = data.load(config.data)
+        self.state_bytes: dict[str, int] = {}
 
     def to_the_end(self) -> dict[str, Any]:
         state = self._start()
+        self.state_bytes = device_memory.of_state(state)
         log = metrics.RunLog(self.workdir, last_step=int(state.step), active=processes.is_first())
         try:
             state = self._train(state, log)
@@ -144,7 +146,7 @@ class _Run:
                     raise FloatingPointError(f"step {done}: {', '.join(broken)} not finite; try a lower learning rate")
                 jax.block_until_ready(state)
                 log.metrics(done, "train", row)
-                log.timing(done, clock.lap(done) | device_memory.of_state(state) | device_memory.in_use())
+                log.timing(done, clock.lap(done) | self.state_bytes | device_memory.in_use())
                 bar.set_postfix(
                     loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}", images_s=f"{clock.rate:.0f}"
                 )
@@ -187,7 +189,7 @@ class _Run:
             "params": memory.count_params(state.params),
             "test": found.to_dict(),
             "ternary": evaluate.ternary_statistics(state.params, config.model),
-            "memory": device_memory.of_state(state) | device_memory.in_use(),
+            "memory": self.state_bytes | device_memory.in_use(),
         }
         result = processes.on_first(lambda: self._write(result))
         self._say(f"test accuracy {found.accuracy:.4f}  nll {found.nll:.4f}  (step {best_step}, best on validation)")

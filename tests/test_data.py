@@ -135,6 +135,19 @@ def test_a_training_batch_holds_the_images_of_its_indices():
     assert (batch.images.dtype, batch.labels.dtype, batch.weights.dtype) == (np.float32, np.int32, np.float32)
 
 
+@given(number=st.integers(1, 30), batch_size=st.integers(1, 24), step=st.integers(0, 50), places=st.data())
+def test_some_places_of_a_batch_are_those_of_the_whole(number, batch_size, step, places):
+    rows = np.array(sorted(places.draw(st.sets(st.integers(0, batch_size - 1)))), np.int64)
+    split, every = small_split(number), np.arange(batch_size)
+    pairs = [(data.train_batch(split, batch_size, 3, step, rows), data.train_batch(split, batch_size, 3, step, every))]
+    some, whole = (list(data.eval_batches(split, batch_size, wanted)) for wanted in (rows, every))
+    for part, batch in [*pairs, *zip(some, whole, strict=True)]:
+        for name in ("images", "labels", "weights"):
+            found, expected = getattr(part, name), getattr(batch, name)[rows]
+            np.testing.assert_array_equal(found, expected)
+            assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+
+
 @pytest.mark.parametrize(("number", "batch_size", "batches"), [(7, 3, 3), (6, 3, 2), (2, 5, 1), (1, 1, 1), (5, 5, 1)])
 def test_evaluation_covers_every_image_once_in_order(number, batch_size, batches):
     split = small_split(number)

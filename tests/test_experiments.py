@@ -42,6 +42,9 @@ def train(workdir: Path, *flags: str, config: str = "configs/digits.py") -> subp
         (["--config.model.patch_size=3"], "model.patch_size = 3: it must be a divisor of image_size = 8"),
         (["--config.loss.smoothness=-0.5"], "loss.smoothness = -0.5: it must be 0 or more"),
         (["--config.total_steps=0"], "total_steps = 0: it must be at least 1"),
+        (["--expert_axis=x"], "expert_axis = 'x': it must be auto or a number"),
+        (["--model_axis=2"], "model_axis = 2: it must be a divisor of 1 devices"),
+        (["--coordinator=here:80"], "num_processes, process_id = None: it must be given together with the others"),
         (["--workdir=/proc/nowhere"], "workdir = '/proc/nowhere': it must be a directory that can be written to"),
     ],
 )
@@ -87,6 +90,12 @@ def test_arguments_that_are_no_flags_are_refused(tmp_path):
     assert found.returncode != 0
     assert "unexpected arguments: stray" in found.stdout + found.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_mesh_and_the_processes_are_in_the_help_of_training():
+    shown = start("experiments.train", "--help").stdout
+    flags = ("expert_axis", "model_axis", "[no]fsdp", "coordinator", "num_processes", "process_id")
+    assert all(f"--{flag}" in shown for flag in flags)
 
 
 def test_formats_are_in_the_help_of_all_that_take_them():

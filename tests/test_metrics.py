@@ -136,6 +136,18 @@ def test_a_run_log_writes_rows_and_scalars(tmp_path):
     ]
 
 
+def test_a_run_log_that_is_not_active_touches_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
+    before = (tmp_path / "metrics.jsonl").stat()
+    log = metrics.RunLog(tmp_path, 2, active=False)
+    log.metrics(3, "train", {"loss": 1.5})
+    log.timing(3, {"seconds": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == [tmp_path / "metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 4, "loss": 1.0}\n'
+    assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
+
+
 def test_a_run_log_goes_on_where_the_run_does(tmp_path):
     log = metrics.RunLog(tmp_path, 0)
     for step in (1, 2, 3):

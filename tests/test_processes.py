@@ -17,6 +17,7 @@ from bvit_jax import data, evaluate, metrics, processes, sharding, train
 from bvit_jax.checkpoints import best_params
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
+from bvit_jax.sharding import Layout
 
 # Starting
 
@@ -134,9 +135,12 @@ FLAGS = [
 ]
 
 
-def short(**changes: object) -> Config:
+def short(argument: str = "standard,4", **changes: object) -> Config:
     """The configuration of `FLAGS`."""
-    return make_config("standard,4", **{f"model__{name}": value for name, value in SMALL.items()} | changes)
+    return make_config(argument, **{f"model__{name}": value for name, value in SMALL.items()} | changes)
+
+
+ROTATED = short("butterfly,4")
 
 
 def free_port() -> int:
@@ -151,7 +155,7 @@ def in_pair(command: Callable[[int, int], list[str]]) -> list[subprocess.Complet
     settings: Any = {"cwd": ROOT, "env": environment(2), "text": True, "stdout": subprocess.PIPE}
     running = [subprocess.Popen(command(port, i), **settings, stderr=subprocess.PIPE) for i in (0, 1)]
     try:
-        outputs = [process.communicate(timeout=300) for process in running]
+        outputs = [process.communicate(timeout=240) for process in running]
     finally:
         for process in running:
             process.kill()
@@ -183,18 +187,20 @@ def raised(work: Callable[[], Any]) -> tuple[str, str] | None:
     return None
 
 
-def stopped_run(workdir: Path) -> None:
-    """Trains, and is interrupted after the fourth of six steps; the third one's checkpoint is kept."""
+def run(workdir: Path, stop_before: int | None = None) -> tuple[dict[str, Any], list[int]]:
+    """Trains, perhaps until interrupted before a step; returns the result and the steps that were taken."""
     batch_of = data.train_batch
+    steps: list[int] = []
 
     def stops(split: data.Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> data.Batch:
-        if step == 4:
+        if step == stop_before:
             raise KeyboardInterrupt
+        steps.append(step)
         return batch_of(split, batch_size, seed, step, rows)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "train_batch", stops)
-        train.run(short(), workdir, show_progress=False)
+        return train.run(ROTATED, workdir, show_progress=False, layout=Layout(fsdp=True)), steps
 
 
 def talk(port: int, number: int, folder: str) -> None:
@@ -222,25 +228,27 @@ def talk(port: int, number: int, folder: str) -> None:
         "after all": processes.on_first(lambda: number),
     }
 
-    config = short()
-    placement = sharding.place(config.model, 16)
+    placement = sharding.place(ROTATED.model, 16)
     rows = placement.host_rows(16)
     batch = placement.put_batch(np.arange(16)[rows] ** 2, rows, 16)
     found["rows"] = rows.tolist()
     found["sum"] = int(jax.jit(lambda batch: (batch * np.arange(16)).sum(), out_shardings=placement.replicated)(batch))
 
-    found["stopped"] = raised(lambda: stopped_run(Path(folder) / "stopped"))
+    sharding.LARGE_BYTES = 256  # so that these small arrays are split over both processes as large ones are
+    path = Path(folder)
+    found["layouts"] = raised(lambda: train.run(ROTATED, path / "layouts", layout=Layout(expert=1 + number)))
+    found["stopped"] = raised(lambda: run(path / "stopped", stop_before=4))
     # Begun with one device, see `pair`.
-    found["result"] = train.run(config, Path(folder) / "begun", show_progress=False)
-    found["again"] = train.run(config, Path(folder) / "begun", show_progress=False)
+    found["result"], found["steps"] = run(path / "begun")
+    found["again"] = run(path / "begun")
     (Path(folder) / f"{number}.json").write_text(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process with one device."""
+    """A run of rotated experts by one process with one device."""
     workdir = tmp_path_factory.mktemp("alone")
-    train.run(short(), workdir, show_progress=False)
+    train.run(ROTATED, workdir, show_progress=False)
     return workdir
 
 
@@ -249,7 +257,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     """The folder that two processes worked in, and what each found."""
     folder = tmp_path_factory.mktemp("pair")
     with pytest.raises(KeyboardInterrupt):
-        stopped_run(folder / "begun")
+        run(folder / "begun", stop_before=4)
     ended = in_pair(lambda port, number: call(talk, port, number, str(folder)))
     for process in ended:
         assert process.returncode == 0, process.stderr
@@ -307,6 +315,15 @@ def test_the_process_that_differs_is_named_in_all(pair):
         assert found["longer"] == ["ConfigError", f"seed = '{'ä' * (3 + 2 * number)}': {differs}"]
 
 
+def test_processes_of_different_layouts_are_refused(pair):
+    for number, found in enumerate(pair[1]):
+        kind, message = found["layouts"]
+        assert kind == "ConfigError"
+        assert message.startswith(f"layout = 'Layout(expert={1 + number}, ")
+        assert message.endswith("it must be the same in all processes; it differs in [1]")
+    assert not (pair[0] / "layouts").exists()
+
+
 def test_each_process_holds_its_part_of_the_batch(pair):
     assert [found["rows"] for found in pair[1]] == [list(range(8)), list(range(8, 16))]
     assert [found["sum"] for found in pair[1]] == [sum(i**3 for i in range(16))] * 2
@@ -318,7 +335,7 @@ def test_a_run_stopped_under_two_processes_is_taken_up_by_one(pair, alone, tmp_p
     shutil.copytree(pair[0] / "stopped", workdir)
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"3"}
     assert not (workdir / "result.json").exists()
-    train.run(short(), workdir, show_progress=False)
+    assert run(workdir)[1] == [3, 4, 5]
     assert_close(rows_of(workdir), rows_of(alone))
     assert_close(result_of(workdir), result_of(alone))
 
@@ -329,7 +346,13 @@ def test_a_run_stopped_under_one_process_is_taken_up_by_two(pair, alone):
     assert_close(result_of(workdir), result_of(alone))
     # A finished run's result is told to all.
     result = json.loads((workdir / "result.json").read_text())
-    assert all(each["result"] == each["again"] == result for each in found)
+    for each in found:
+        assert (each["result"], each["steps"]) == (result, [3, 4, 5])
+        assert each["again"] == [result, []]
+    # Every device keeps a part of the large arrays.
+    whole = json.loads((alone / "result.json").read_text())["memory"]
+    assert result["memory"]["params_bytes"] < 0.6 * whole["params_bytes"]
+    assert result["memory"]["optimizer_bytes"] < 0.6 * whole["optimizer_bytes"]
 
 
 def test_two_processes_train_and_the_first_alone_reports(trained):
@@ -355,10 +378,10 @@ def on_four_devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
         return rows_of(Path(workdir)), result_of(Path(workdir))
 
 
-def test_two_processes_compute_what_one_does(trained, alone):
+def test_two_processes_compute_what_one_does(trained, tmp_path):
     workdir, _ = trained
-    rows, result = on_devices(4, on_four_devices)
-    for other_rows, other_result in ((rows, result), (rows_of(alone), result_of(alone))):
+    train.run(short(), tmp_path, show_progress=False)
+    for other_rows, other_result in (on_devices(4, on_four_devices), (rows_of(tmp_path), result_of(tmp_path))):
         assert_close(rows_of(workdir), other_rows)
         assert_close(result_of(workdir), other_result)
 

@@ -15,11 +15,14 @@ from bvit_jax.compiled import Compiled
 from bvit_jax.config import Config, resolve
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sharding import Layout
-from configs import digits
+from configs import digits, paper
 
 RECORDED = Path(__file__).parent / "recorded_tpu.json"
-TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1")
 KINDS = ("butterfly,8", "butterfly,8,tied", "standard,8", "dense")
+NAMED = [
+    *[("digits", kind, name) for kind in KINDS for name in ("v5e:2x2", "v5p:2x2x1")],
+    *[("paper", kind, "v5e:4x4") for kind in ("butterfly,64,tied", "standard,64")],
+]
 
 
 def tiny(argument: str) -> Config:
@@ -39,13 +42,13 @@ def facts(found: Compiled) -> dict[str, Any]:
     return memory | {"matmul_flops": found.matmul_flops, "collectives": dict(sorted(found.by_kind.items()))}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", TOPOLOGIES)
-def test_the_tiny_train_step_compiles_and_takes_what_is_recorded(name: str, kind: str) -> None:
-    found = topology.compile_step(tiny(kind), name, "train")
+@pytest.mark.parametrize(("module", "kind", "name"), NAMED)
+def test_training_steps_compile_and_take_what_is_recorded(module: str, kind: str, name: str) -> None:
+    config = resolve({"digits": digits, "paper": paper}[module].get_config(kind).to_dict())
+    found = topology.compile_step(config, name, "train")
     assert found.status == "fits"
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-    key = f"configs/digits.py:{kind} {name} train"
+    key = f"configs/{module}.py:{kind} {name} train"
     if os.environ.get("UPDATE_RECORDED"):
         recorded[key] = facts(found)
         RECORDED.write_text(json.dumps(dict(sorted(recorded.items())), indent=2) + "\n")

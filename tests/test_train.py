@@ -54,6 +54,8 @@ def test_a_run_leaves_its_result_metrics_and_configuration(finished):
     assert len(validation["router_entropy"]) == len(validation["dead_experts"]) == 2
     assert set(validation["ternary"]) == {f"segment_0/block_0/ffn/{side}_prototype" for side in ("up", "down")}
     assert result["timing"]["wall_seconds"] > 0
+    # CPUs do not tell what is in use.
+    assert result["memory"] == {"params_bytes": 4 * result["params"], "optimizer_bytes": 8 * result["params"] + 8}
     assert list((workdir / "tensorboard").iterdir())
 
 
@@ -77,22 +79,26 @@ def test_another_seed_gives_other_numbers(finished, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() != (workdir / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 5, 7])
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize(("stop_at", "kept"), [(1, 0), (4, 3), (5, 3), (7, 6)])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch, stop_at, kept):
     config, workdir, result = finished
     batch = data.train_batch
+    steps = []
 
     def cut(split: data.Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> data.Batch:
-        if step + 1 == stop_at:
+        if step + 1 == stop_at and step not in steps:
+            steps.append(step)
             raise KeyboardInterrupt
+        steps.append(step)
         return batch(split, batch_size, seed, step, rows)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "train_batch", cut)
+    monkeypatch.setattr(data, "train_batch", cut)
+    with pytest.raises(KeyboardInterrupt):
         train.run(config, tmp_path, show_progress=False)
     assert not (tmp_path / "result.json").exists()
     assert without_timing(train.run(config, tmp_path, show_progress=False)) == without_timing(result)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    assert steps == [*range(stop_at), *range(kept, 7)]
 
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):
