@@ -35,12 +35,12 @@ def cases(config: Config, topologies: Sequence[str], families: Sequence[Family],
     if "butterfly" in families:
         require(config.model.family == "butterfly", "model.family", config.model.family, "butterfly, to compile one")
     found = []
-    for name in topologies:
-        chips = len(topology.devices_of(name))
-        for family in families:
+    for name in dict.fromkeys(topologies):
+        devices = len(topology.devices_of(name))
+        for family in dict.fromkeys(families):
             form = config.model.form if family == "butterfly" else "-"
             numbers = experts if family != "dense" else (1,)
-            found += [Case(name, chips, family, form, number, step) for number in numbers for step in STEPS]
+            found += [Case(name, devices, family, form, number, step) for number in numbers for step in STEPS]
     return found
 
 
@@ -65,23 +65,23 @@ def write(
     for case in wanted:
         model = _config_of(config, case).model
         try:
-            sharding.mesh_shape(model, config.batch_size, layout, case.chips)
+            sharding.mesh_shape(model, config.batch_size, layout, case.devices)
         except ConfigError as error:
             raise ConfigError(f"{case.family}, {case.num_experts} experts on {case.topology}: {error}") from None
     workdir.claim(directory, "config.json", _identity(config, layout), OUTPUTS, flag="out")
     with workdir.locked(directory, LOCK_PATIENCE_SECONDS, flag="out"):
-        rows = {row.case: row for row in read(directory) if row.compiled.status != "failed"}
-        missing = [case for case in wanted if case not in rows]
+        rows = {row.case: row for row in read(directory)}
+        missing = [case for case in wanted if case not in rows or rows[case].compiled.status == "failed"]
         for case in tqdm(missing, unit="program", disable=None, leave=False):
             compiled = topology.compile_step(_config_of(config, case), case.topology, case.step, layout)
             rows[case] = Row(case, compiled)
             files.write_rows(directory / "compiled.csv", [row.to_dict() for row in rows.values()])
             on_row(rows[case])
-        found = [rows[case] for case in wanted]
-        files.write_rows(directory / "compiled.csv", [row.to_dict() for row in rows.values()])
-        files.write_text(directory / "summary.md", to_markdown(found))
-        plots.compile_plot(found, describe(config), directory / "plots" / "compiled.png")
-    return found
+        every = sorted(rows.values(), key=_order)
+        files.write_rows(directory / "compiled.csv", [row.to_dict() for row in every])
+        files.write_text(directory / "summary.md", to_markdown(every))
+        plots.compile_plot(every, describe(config), directory / "plots" / "compiled.png")
+    return [rows[case] for case in wanted]
 
 
 def read(directory: Path) -> list[Row]:
@@ -99,6 +99,11 @@ def read(directory: Path) -> list[Row]:
         raise ConfigError(f"{path} is damaged ({error!r}); restore it or choose another out") from None
 
 
+def _order(row: Row) -> tuple[Any, ...]:
+    case = row.case
+    return case.topology, STEPS.index(case.step), case.family, case.num_experts
+
+
 def describe(config: Config) -> str:
     """Says in a line what is compiled."""
     m = config.model
@@ -107,7 +112,7 @@ def describe(config: Config) -> str:
 
 
 def cells(row: Row) -> dict[str, str]:
-    """Formats what a row says of one chip and one step, for people; empty where there is no program."""
+    """Formats what a row says of one device and one step, for people; empty where there is no program."""
     found = row.compiled
     share = "" if found.peak_bytes is None else f"{100 * found.peak_bytes / found.hbm_bytes:.1f}"
     by_kind = found.by_kind if found.status == "fits" else None
@@ -140,11 +145,13 @@ def limits(rows: Iterable[Row]) -> list[str]:
     for (name, step, family), line in lines.items():
         fitting = [row.case.num_experts for row in line if row.compiled.status == "fits"]
         too_many = [row.case.num_experts for row in line if row.compiled.status == "does not fit"]
+        failed = [row for row in line if row.compiled.status == "failed"]
         parts = [f"fits with {max(fitting):,} experts"] if fitting else []
         parts += [f"does not fit with {min(too_many):,}"] if too_many else []
         if family == "dense":
-            parts = ["fits" if fitting else "does not fit"]
-        said.append(f"{name}, {step}, {family}: {', '.join(parts) or 'failed'}")
+            parts = ["fits"] * len(fitting) + ["does not fit"] * len(too_many)
+        parts += [f"failed with {row.case.num_experts:,} ({row.compiled.error})" for row in failed]
+        said.append(f"{name}, {step}, {family}: {', '.join(parts)}")
     return said
 
 
@@ -160,9 +167,10 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 
 LEGEND = (
-    "Of one chip and one step, as the TPU compiler laid it out; GB are 10^9 bytes. state: what goes in, parameters, "
+    "Of one device and one step, as the TPU compiler laid it out; GB are 10^9 bytes. state: what goes in, parameters, "
     "optimiser and images. peak: all at once; where it does not fit, what it would need. GFLOP: matrix products. HBM: "
-    "read and written. Then bytes through collectives, by kind. mesh: data x expert x model."
+    "read and written. Then bytes through collectives, by kind. Loops count as often as they run; stored experts as "
+    "routing in balance has it, empty slots included. mesh: data x expert x model."
 )
 
 

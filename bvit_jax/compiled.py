@@ -17,17 +17,19 @@ Status = Literal["fits", "does not fit", "failed"]
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one compiled step takes; bytes and flops are of one chip and one step, None where there is no program.
+    """What one compiled step takes; bytes and flops are of one device and one step, None where there is no program.
 
     Attributes:
-        status: `fits`, `does not fit` (into the chip's HBM, by the compiler's word) or `failed`.
+        status: `fits`, `does not fit` (into the device's HBM, by the compiler's word) or `failed`.
         data_axis, expert_axis, model_axis: devices along the axes of the mesh.
         argument_bytes, output_bytes: of what goes in and comes out; `alias_bytes` of these share memory.
         temp_bytes: of activations and all else in between.
         peak_bytes: all at once; where it does not fit, what the compiler says that it would need.
-        hbm_bytes: what a program may have of the chip.
-        matmul_flops: of matrix products, two a multiply-add.
+        hbm_bytes: what a program may have of the device's memory.
+        matmul_flops: of matrix products, two a multiply-add; with empty slots of stored experts, without the further
+            rounds that uneven routing takes (`bvit_jax.exchange`), which no figure here holds.
         traffic_bytes: read from and written to HBM.
+        open_loops: loops that count once here, as the program does not say how often they run.
         collective_bytes: sum of what goes into collectives (or comes out, if that is more), by kind in `by_kind`.
         by_kind: bytes by kind of collective, such as all-reduce.
         flops_unlooped, accessed_unlooped: the compiler's own figures, which count the body of a loop once.
@@ -47,6 +49,7 @@ class Compiled:
     temp_bytes: int | None = None
     matmul_flops: int | None = None
     traffic_bytes: int | None = None
+    open_loops: int | None = None
     collective_bytes: int | None = None
     by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
     flops_unlooped: float | None = None
@@ -61,14 +64,14 @@ class Case:
 
     Attributes:
         topology: such as `v5e:4x4`.
-        chips: devices of the topology.
+        devices: of the topology.
         family, form: of the model; the form is `-` but for butterflies.
         num_experts: 1 for a dense model.
         step: `train` or `eval`.
     """
 
     topology: str
-    chips: int
+    devices: int
     family: Family
     form: str
     num_experts: int

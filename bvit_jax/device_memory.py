@@ -12,7 +12,7 @@ def of_state(state: TrainState) -> dict[str, int]:
     return {"params_bytes": _most(state.params), "optimizer_bytes": _most(state.opt_state)}
 
 
-def in_use() -> dict[str, int]:
+def peak() -> dict[str, int]:
     """Returns peak_bytes (since the process started) and limit_bytes of this process's fullest device.
 
     CPUs tell neither, and an empty dict comes back.

@@ -4,7 +4,8 @@ The experts are split over P devices in order, E / P each. A device sends at mos
 (an all-to-all of P x C rows), each device applies its own experts to what has come in, and a second all-to-all brings
 the results back. C leaves room for the chance fluctuations of balanced routing. Where routing is so uneven that a pair
 of devices has more than C rows for each other, the rest travels in further rounds, as many as the fullest pair needs.
-So memory does not grow with P, and in the common case nothing is sent twice.
+So a device never holds more than N + 4 sqrt(N P) + 8 P slots, and in the common case nothing is sent twice. Slots that
+stay empty are sent and multiplied too: where devices have few rows for each other, most of them are.
 
 Axes: N rows of this device, E experts, P devices along the axis, S = P * C slots of one round, D channels.
 """

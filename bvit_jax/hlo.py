@@ -75,13 +75,13 @@ class Program:
         return dict(totals)
 
 
-def read(text: str, rare: str = "overflow") -> Program:
+def read(text: str, rare: str = "") -> Program:
     """Reads what one run of a compiled program costs one chip.
 
     Args:
         text: the program.
         rare: scope (`jax.named_scope`) of exceptional cases, whose loops are taken not to run: one component of the
-            name of a loop, bare or in the brackets of a transformation, `jvp(overflow)`.
+            name of a loop, bare or in the brackets of a transformation, `jvp(overflow)`; "" for none.
     """
     chips = math.prod(_numbers(" ".join(re.findall(r", (?:num_partitions|replica_count)=\d+", text))))
     computations: dict[str, dict[str, _Op]] = {}  # those called before their callers, the entry last

@@ -196,12 +196,12 @@ def _compiled(figure: Figure, rows: Sequence[Row], title: str) -> None:
         limit = here[0].compiled.hbm_bytes / 1e9
         memory.axhline(limit, color="0.3", linestyle="--", linewidth=1)
         memory.annotate("HBM", (0.01, limit), (2, 2), ("axes fraction", "data"), "offset points", fontsize=7)
-        memory.set_ylabel(f"{name}\npeak of a chip (GB)")
+        memory.set_ylabel(f"{name}\npeak of a device (GB)")
         traffic.set_ylabel("collectives of a training step (MB)")
     for axes in panels.flat:
         _expert_axis(axes, (row.case.num_experts for row in rows if row.case.family != "dense"))
         axes.set_yscale("log")
-    figure.suptitle(f"{title}\nof one chip, by the TPU compiler; hollow: does not fit", fontsize=9)
+    figure.suptitle(f"{title}\nof one device, by the TPU compiler; hollow: does not fit", fontsize=9)
 
 
 def _compiled_line(

@@ -36,8 +36,9 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
-        if has_tpu() and "cpu" not in str(getattr(jax.config, _PLATFORMS)):
-            jax.distributed.initialize()
+        # On a TPU's machine JAX itself has set its platforms to "tpu,cpu", unless it was told otherwise.
+        if has_tpu() and str(getattr(jax.config, _PLATFORMS)).split(",")[0] == "tpu":
+            _join("the hosts of the slice did not find each other; give coordinator, num_processes and process_id")
         return
     require(
         not missing,
@@ -50,12 +51,16 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     count, number = int(num_processes or 0), int(process_id or 0)
     require(count >= 1, "num_processes", count, "at least 1")
     require(0 <= number < count, "process_id", number, f"0 to {count - 1}, one under num_processes")
+    _join(f"coordinator = {coordinator!r}: the {count} processes did not come together", coordinator, count, number)
+
+
+def _join(failed: str, *addresses: Any) -> None:
+    # JAX's preemption service would swallow SIGTERM and leave it to the program to look for it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator, count, number)
-    except RuntimeError as error:
-        gist = str(error).splitlines()[0]
-        failed = f"coordinator = {coordinator!r}: the {count} processes did not come together"
-        raise ConfigError(f"{failed} ({gist})") from None
+        jax.distributed.initialize(*addresses)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(f"{failed} ({str(error).splitlines()[0]})") from None
 
 
 def has_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
@@ -97,11 +102,17 @@ def on_first(work: Callable[[], Any]) -> Any:
 
 def check_same(name: str, value: str) -> None:
     """Raises ConfigError in all processes unless `value` is that of the first process in all."""
+    if jax.process_count() > 1:
+        check_everywhere(_broadcast(value) == value, name, value, "that of the first process")
+
+
+def check_everywhere(holds: bool, name: str, value: object, wanted: str) -> None:
+    """Raises ConfigError in all processes unless `holds` in all; the message adds where it does not."""
     if jax.process_count() == 1:
-        return
-    same = multihost_utils.process_allgather(np.array(_broadcast(value) == value))
-    differing = np.flatnonzero(~np.asarray(same).reshape(-1))
-    require(not differing.size, name, value, f"the same in all processes; it differs in {differing.tolist()}")
+        return require(holds, name, value, wanted)
+    everywhere = np.asarray(multihost_utils.process_allgather(np.array(holds))).reshape(-1)
+    failing = np.flatnonzero(~everywhere).tolist()
+    return require(not failing, name, value, f"{wanted}; not so in processes {failing}")
 
 
 def _broadcast(text: str) -> str:

@@ -9,7 +9,7 @@ The mesh has the axes `data`, `expert` and `model`. Modules name the axes of the
 - `model` splits attention heads and the hidden channels of dense and stored FFNs. Rotations mix all channels, so
   butterfly layers split their images over `model` too.
 - Large arrays of the optimiser (and, with `fsdp`, of the parameters) are split over whatever batch axes they do not
-  use yet: every device updates its part.
+  use yet, where they divide: every device updates its part.
 """
 
 import contextlib
@@ -174,7 +174,9 @@ def mesh_shape(model: ModelConfig, batch_size: int, layout: Layout, count: int) 
     for name in ("num_heads", "d_ff"):
         size = getattr(model, name)
         require(size % along_model == 0, "model_axis", along_model, f"a divisor of {name} = {size}")
-    require(batch_size % count == 0, "batch_size", batch_size, f"a multiple of the {count} devices")
+    # Heads and hidden channels are split over `model`, but tokens among rotated experts are too.
+    parts = count if model.family == "butterfly" else rest
+    require(batch_size % parts == 0, "batch_size", batch_size, f"a multiple of the {parts} devices that share it out")
     return rest // expert, expert, along_model
 
 
@@ -194,19 +196,19 @@ def split(*axes: str | None) -> PartitionSpec:
 
 
 def active_mesh() -> AbstractMesh | None:
-    """Returns the mesh of the placement that is active, None outside of any or on a single device."""
+    """Returns the mesh of the placement that is active; None outside of any, or on a single device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    return None if mesh.size == 1 or mesh.axis_names != (DATA, EXPERT, MODEL) else mesh
 
 
 def _spread(spec: PartitionSpec, logical: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Splits the largest dimension that can be over the batch axes that are free; never the axis of scanned layers."""
-    used = {axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+    axes_of = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    used = {axis for axes in axes_of for axis in axes if mesh.shape[axis] > 1}
     free = tuple(axis for axis in BATCH_AXES if axis not in used and mesh.shape[axis] > 1)
     parts = math.prod(mesh.shape[axis] for axis in free)
-    able = [
-        i for i, size in enumerate(shape) if spec[i] is None and logical[i] != "layers" and free and size % parts == 0
-    ]
+    whole = [i for i, axes in enumerate(axes_of) if used.isdisjoint(axes) and logical[i] != "layers"]
+    able = [i for i in whole if free and shape[i] % parts == 0]
     if not able:
         return spec
     largest = max(able, key=lambda i: shape[i])

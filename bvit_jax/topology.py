@@ -21,15 +21,17 @@ from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError, require, require_choice
 from bvit_jax.sharding import Layout, Placement
 
-HBM_GIB = {"v4": 15.25, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
-"""What the compiler (libtpu 0.0.42.1) lets one program have of a device's memory. v4 and tpu7x: a device is one of a
-chip's two cores."""
+HBM_GIB = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+"""What the compiler (libtpu 0.0.42.1) lets one program have of a device's memory. A device is a chip; of tpu7x it is
+one of a chip's two cores."""
 _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def devices_of(name: str) -> list[Any]:
     """Returns the devices of a topology such as `v5e:4x4`, to compile for.
+
+    Environment variables that make libtpu quiet are set, where they are not.
 
     Raises:
         ConfigError: if there is no such topology, or libtpu is not installed.
@@ -42,8 +44,9 @@ def devices_of(name: str) -> list[Any]:
         raise ConfigError("libtpu is not installed, and it holds the TPU compiler: pip install -r requirements-tpu.txt")
     for variable, value in _QUIET.items():
         os.environ.setdefault(variable, value)
+    cores_as_one = {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
-        return list(topologies.get_topology_desc(topology_name=name, platform="tpu").devices)
+        return list(topologies.get_topology_desc(topology_name=name, platform="tpu", **cores_as_one).devices)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"topology = {name!r}: it must be {wanted} ({_gist(error)})") from None
 
@@ -135,6 +138,7 @@ def _read(program: jax.stages.Compiled) -> dict[str, Any]:
         "temp_bytes": memory.temp_size_in_bytes,
         "matmul_flops": found.matmul_flops,
         "traffic_bytes": found.hbm_bytes,
+        "open_loops": found.open_loops,
         "collective_bytes": sum(by_kind.values()),
         "by_kind": by_kind,
         "flops_unlooped": float(cost["flops"]),

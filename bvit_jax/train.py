@@ -55,11 +55,12 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
             the model or its batch does not divide over the mesh; in all processes.
         FloatingPointError: if the loss or the gradient is not finite, at the next step that is logged.
     """
-    placement = sharding.place(config.model, config.batch_size, layout)
     processes.check_same("configuration", config.digest())
     processes.check_same("layout", repr(layout))
+    placement = sharding.place(config.model, config.batch_size, layout)
     with contextlib.ExitStack() as held:
         result = processes.on_first(lambda: _open(config, workdir, held))
+        processes.check_everywhere(_sees(workdir, config), "workdir", str(workdir), "a directory that all hosts share")
         if result is not None:
             return result
         show_progress = show_progress and processes.is_first()
@@ -73,6 +74,14 @@ def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str
     held.enter_context(workdirs.locked(workdir, LOCK_PATIENCE_SECONDS))
     path = workdir / "result.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def _sees(workdir: Path, config: Config) -> bool:
+    """Whether this process finds what the first one wrote."""
+    try:
+        return bool(json.loads((workdir / "config.json").read_text()) == json.loads(json.dumps(config.to_dict())))
+    except (OSError, ValueError):
+        return False
 
 
 class _Run:
@@ -102,16 +111,20 @@ class _Run:
             log.close()
 
     def _start(self) -> train_step.TrainState:
-        state = jax.jit(lambda: train_step.init_state(self.config), out_shardings=self.shardings)()
         step = self.checkpoints.latest_step
+        processes.check_same("newest checkpoint", str(step))
         if step is None:
-            return state
+            return jax.jit(lambda: train_step.init_state(self.config), out_shardings=self.shardings)()
         differing = workdirs.differences(self.checkpoints.config(step), self.config.to_dict())
         require(
             not differing, "workdir", str(self.workdir), f"one whose checkpoints are of this configuration: {differing}"
         )
         self._say(f"going on from step {step}")
-        return self.checkpoints.restore(step, abstract_state(state, self.shardings))
+        return self._restore(step)
+
+    def _restore(self, step: int) -> train_step.TrainState:
+        shapes = jax.eval_shape(lambda: train_step.init_state(self.config))
+        return self.checkpoints.restore(step, abstract_state(shapes, self.shardings))
 
     def _train(self, state: train_step.TrainState, log: metrics.RunLog) -> train_step.TrainState:
         config = self.config
@@ -146,7 +159,7 @@ class _Run:
                     raise FloatingPointError(f"step {done}: {', '.join(broken)} not finite; try a lower learning rate")
                 jax.block_until_ready(state)
                 log.metrics(done, "train", row)
-                log.timing(done, clock.lap(done) | self.state_bytes | device_memory.in_use())
+                log.timing(done, clock.lap(done) | self.state_bytes | device_memory.peak())
                 bar.set_postfix(
                     loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}", images_s=f"{clock.rate:.0f}"
                 )
@@ -168,11 +181,13 @@ class _Run:
 
     def _report(self, state: train_step.TrainState, log: metrics.RunLog) -> dict[str, Any]:
         config = self.config
+        peak = device_memory.peak()
         best_step = self.checkpoints.best_step
         if best_step is None:
             raise RuntimeError(f"no checkpoint was kept in {self.workdir}")
         if best_step != int(state.step):
-            state = self.checkpoints.restore(best_step, abstract_state(state, self.shardings))
+            jax.tree.map(jax.Array.delete, state)  # two states may be more than a device holds
+            state = self._restore(best_step)
         found = self._evaluate(state.params, self.dataset.test)
         log.metrics(config.total_steps, "test", found.to_dict())
         log.timing(config.total_steps, self.clock.lap(config.total_steps))
@@ -189,7 +204,7 @@ class _Run:
             "params": memory.count_params(state.params),
             "test": found.to_dict(),
             "ternary": evaluate.ternary_statistics(state.params, config.model),
-            "memory": self.state_bytes | device_memory.in_use(),
+            "memory": self.state_bytes | peak,
         }
         result = processes.on_first(lambda: self._write(result))
         self._say(f"test accuracy {found.accuracy:.4f}  nll {found.nll:.4f}  (step {best_step}, best on validation)")

@@ -78,7 +78,7 @@ def locked(directory: Path, patience_seconds: float, flag: str = "workdir") -> I
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except BlockingIOError:
                 if time.monotonic() > deadline:
                     holder = lock.read() or "unknown"
                     raise ConfigError(f"{flag} = {str(directory)!r}: in use by another process ({holder})") from None

@@ -1,7 +1,7 @@
 """A ViT-B/16 of mixtures at the size of ImageNet: 12 layers, d_model 768, d_ff 3072, 224 x 224 pixels, 1,000 classes.
 
-For slices; the images are procedural, to run the shape end to end. What it takes on slices is in docs/tpu.md
-(`python -m experiments.compile_tpu --config=configs/vit_b16.py --topology=v5e:16x16,v5p:8x8x8 --out=runs/vit_b16`).
+For slices; the images are procedural, 3 GB of them on each host, to run the shape end to end. What it takes on slices
+is in docs/tpu.md.
 
 Command:   python -m experiments.train --config=configs/vit_b16.py --workdir=runs/vit_b16
 Hardware:  not yet run
@@ -23,9 +23,9 @@ def get_config(argument: str = "butterfly,64,separate") -> ml_collections.Config
     config.data.image_size = 224
     config.data.num_classes = 1000
     config.data.max_shift = 16
-    config.data.num_train = 8192
-    config.data.num_validation = 1024
-    config.data.num_test = 4096
+    config.data.num_train = 4096
+    config.data.num_validation = 512
+    config.data.num_test = 512
     config.model.variant = "vit_b16"
     config.model.compute_dtype = "bfloat16"
     config.optimizer.learning_rate = 1e-3

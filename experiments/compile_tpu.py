@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from bvit_jax import compile_report, config, processes
+from bvit_jax import compile_report, config
 from bvit_jax.compiled import Row
 from bvit_jax.model_config import Family, require_choice
 from experiments import entry, mesh_flags, number_flags, tables
@@ -31,21 +31,20 @@ _OUT = flags.DEFINE_string("out", None, "The directory to write to; made if abse
 def main(argv: Sequence[str]) -> None:
     """Compiles, writes the report and prints its tables."""
     del argv
-    if not processes.has_tpu():
-        jax.config.update("jax_platforms", "cpu")  # the compiler, and no search for a TPU
+    jax.config.update("jax_platforms", "cpu")  # the compiler alone: a TPU, if there is one, is left to others
     resolved = config.resolve(entry.read_config(_CONFIG))
     experts = number_flags.numbers("experts", _EXPERTS.value)
     families: list[Any] = _FAMILIES.value or [""]
     for family in families:
         require_choice("families", family, get_args(Family))
-    cases = compile_report.cases(resolved, _TOPOLOGY.value, families, experts)
+    cases = compile_report.cases(resolved, _TOPOLOGY.value or [""], families, experts)
     print(f"{compile_report.describe(resolved)}: {len(cases)} programs")
     out = Path(str(_OUT.value))
     rows = compile_report.write(resolved, mesh_flags.layout(), cases, out, _say)
     print(compile_report.LEGEND)
     for name in dict.fromkeys(case.topology for case in cases):
         here = [row for row in rows if row.case.topology == name]
-        print(f"\n{name}, {here[0].case.chips} chips")
+        print(f"\n{name}, {here[0].case.devices} devices")
         _show(here)
     print("\n".join(compile_report.limits(rows)))
     print(f"report: config.json, {', '.join(compile_report.OUTPUTS)} in {out}")
@@ -59,7 +58,8 @@ def _name(row: Row) -> str:
 
 def _say(row: Row) -> None:
     found = compile_report.cells(row)
-    tqdm.write(f"{row.case.topology} {_name(row)}: {found['status']}, peak {found['peak GB']} GB {row.compiled.error}")
+    peak = f"peak {found['peak GB']} GB" if found["peak GB"] else row.compiled.error
+    tqdm.write(f"{row.case.topology} {_name(row)}: {found['status']}, {peak}")
 
 
 def _show(rows: Sequence[Row]) -> None:

@@ -64,10 +64,11 @@ def make_model(**changes: object) -> ModelConfig:
 
 def environment(devices: int) -> dict[str, str]:
     """Returns the environment of a process that has that many CPU devices."""
+    # Compiling costs more here than running.
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # Compiling costs more here than running.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}",
         "NPROC": "16",  # devices that wait for each other need a thread each, however few cores there are
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }

@@ -27,6 +27,7 @@ FITS = Compiled(
     temp_bytes=3 * 10**9,
     matmul_flops=2 * 10**12,
     traffic_bytes=7 * 10**9,
+    open_loops=0,
     collective_bytes=12 * 10**6,
     by_kind={"all-reduce": 9 * 10**6, "all-to-all": 2 * 10**6, "collective-permute": 10**6},
     flops_unlooped=1e12,
@@ -80,7 +81,7 @@ def test_cases_are_every_family_number_and_step_and_a_dense_model_once():
     here = [(c.family, c.form, c.num_experts, c.step) for c in found if c.topology == "v5e:2x2"]
     kinds = [("butterfly", "separate", 2), ("butterfly", "separate", 4), ("standard", "-", 2), ("standard", "-", 4)]
     assert here == [(*kind, step) for kind in [*kinds, ("dense", "-", 1)] for step in STEPS]
-    assert {c.chips for c in found} == {4}
+    assert {c.devices for c in found} == {4}
 
 
 @pytest.mark.parametrize("compiled", [FITS, TOO_LARGE, FAILED])
@@ -99,7 +100,8 @@ def test_everything_asked_for_is_written(tmp_path, compiler):
     assert len(compiler.asked) == len(rows) == 2 * 7 * 2
     listed = list(csv.DictReader(io.StringIO((tmp_path / "compiled.csv").read_text())))
     stored = json.loads((tmp_path / "compiled.json").read_text())
-    assert [Row.from_dict(row) for row in stored] == rows
+    assert sorted(map(repr, rows)) == sorted(repr(Row.from_dict(row)) for row in stored)
+    assert [(row["topology"], row["step"]) for row in stored[:7]] == [("v5e:2x2", "train")] * 7
     assert [row["peak_bytes"] for row in listed] == [str(row["peak_bytes"]) for row in stored]
     assert {f"{kind.replace('-', '_')}_bytes" for kind in KINDS} <= listed[0].keys()
     assert (tmp_path / "plots" / "compiled.png").stat().st_size > 10_000
@@ -117,6 +119,9 @@ def test_what_is_there_is_not_compiled_again_and_more_can_be_added(tmp_path, com
     assert len(rows) == 28
     assert write(tmp_path, all_cases((2,))) == [row for row in rows if row.case.num_experts < 4]
     assert len(json.loads((tmp_path / "compiled.json").read_text())) == 28
+    assert (
+        "v5p:2x2x1, train, standard: fits with 4 experts, does not fit with 8" in (tmp_path / "summary.md").read_text()
+    )
 
 
 def test_an_interrupted_report_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -139,10 +144,20 @@ def test_an_interrupted_report_goes_on_where_it_was(tmp_path, monkeypatch):
 def test_what_failed_is_told_and_tried_again(tmp_path, monkeypatch, compiler):
     monkeypatch.setattr(topology, "compile_step", Compiler(lambda *_: FAILED))
     (row,) = write(tmp_path, all_cases()[:1])
-    assert "v5e:2x2, train, butterfly: failed" in (tmp_path / "summary.md").read_text()
+    assert "v5e:2x2, train, butterfly: failed with 2 (INTERNAL: no)" in (tmp_path / "summary.md").read_text()
     assert row.compiled.error == "INTERNAL: no"
     monkeypatch.setattr(topology, "compile_step", compiler)
     assert write(tmp_path, all_cases()[:1])[0].compiled == FITS
+
+
+def test_what_failed_earlier_stays_until_it_is_asked_for_again(tmp_path, monkeypatch, compiler):
+    monkeypatch.setattr(topology, "compile_step", Compiler(lambda *_: FAILED))
+    dense = [case for case in all_cases() if case.family == "dense" and case.step == "train"]
+    write(tmp_path, dense)
+    assert "train, dense: failed with 1 (INTERNAL: no)" in (tmp_path / "summary.md").read_text()
+    monkeypatch.setattr(topology, "compile_step", compiler)
+    write(tmp_path, all_cases()[:1])
+    assert [row.case for row in compile_report.read(tmp_path) if row.compiled == FAILED] == dense
 
 
 def test_the_directory_of_another_model_or_layout_is_refused_and_left_alone(tmp_path, compiler):

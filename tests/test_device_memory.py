@@ -64,11 +64,11 @@ def test_a_state_on_one_device_holds_its_parameters_and_twice_that():
 def test_what_devices_tell_is_passed_on_where_all_tell_it(monkeypatch, told, expected):
     devices = [SimpleNamespace(memory_stats=lambda stats=stats: stats) for stats in told]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert device_memory.in_use() == expected
+    assert device_memory.peak() == expected
 
 
 def test_cpus_tell_nothing():
-    assert device_memory.in_use() == {}
+    assert device_memory.peak() == {}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]
     config, told = make_config("dense", model__num_layers=1), {"peak_bytes": 300, "limit_bytes": 1000}
     workdir = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_memory, "in_use", lambda: told)
+        patch.setattr(device_memory, "peak", lambda: told)
         train.run(config, workdir, show_progress=False)
     return workdir, device_memory.of_state(first_state(config)) | told
 

@@ -242,9 +242,9 @@ def loop(name="w", start="0", step="1", limit="7", test="direction=LT", inner=(D
     return [computation(f"cond_{name}", *condition), computation(f"body_{name}", *body)], run
 
 
-def looped(**changes):
+def looped(rare="", **changes):
     called, run = loop(**changes)
-    return read(*run, called=called)
+    return read(*run, called=called, rare=rare)
 
 
 @pytest.mark.parametrize(
@@ -329,10 +329,11 @@ def test_conditions_of_loops_count_too():
 def test_loops_of_rare_cases_are_left_out(scope, is_rare):
     expected = (0, 0) if is_rare else (60, 1)
     inner = (DOT, f"%g = {TABLE} all-gather(%x), channel_id=1, replica_groups={{{{0,1}}}}")
-    found = looped(test="direction=NE", scope=scope, inner=(X, *inner))
+    found = looped("overflow", test="direction=NE", scope=scope, inner=(X, *inner))
     assert (found.matmul_flops, found.open_loops) == expected
     assert len(found.collectives) == (not is_rare)
-    assert looped(scope=scope, limit="5").matmul_flops == (0 if is_rare else 300)
+    assert looped("overflow", scope=scope, limit="5").matmul_flops == (0 if is_rare else 300)
+    assert looped(scope=scope, limit="5").matmul_flops == 300
 
 
 def test_name_of_rare_cases():
@@ -710,7 +711,7 @@ def test_real_scope_of_rare_cases(name):
             return jax.lax.while_loop(lambda x: (x**2).sum() > 1, lambda x: jnp.tanh(x @ weight), x)
 
     text = compiled(function, shape(mesh, (128, 128)), shape(mesh, (256, 128))).as_text()
-    found = hlo.read(text)
+    found = hlo.read(text, rare="overflow")
     assert (found.matmul_flops, found.open_loops) == ((0, 0) if name == "overflow" else (2 * 256 * 128 * 128, 1))
 
 

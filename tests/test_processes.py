@@ -64,7 +64,15 @@ def test_what_is_given_is_passed_on(started):
 
 
 @pytest.mark.parametrize(
-    ("tpu", "platforms", "starts"), [(True, None, 1), (True, "tpu", 1), (True, "cpu", 0), (False, None, 0)]
+    ("tpu", "platforms", "starts"),
+    [
+        (True, "tpu,cpu", 1),
+        (True, "tpu", 1),
+        (True, "cpu", 0),
+        (True, "cpu,tpu", 0),
+        (True, None, 0),
+        (False, "tpu", 0),
+    ],
 )
 def test_hosts_of_tpus_find_each_other_and_others_are_alone(started, monkeypatch, tpu, platforms, starts):
     monkeypatch.setattr(processes, "has_tpu", lambda: tpu)
@@ -77,9 +85,29 @@ def test_hosts_of_tpus_find_each_other_and_others_are_alone(started, monkeypatch
     assert started == [()] * starts
 
 
-def test_processes_that_do_not_come_together_are_one_clear_error(monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError])
+def test_hosts_of_tpus_that_do_not_find_each_other_are_one_clear_error(monkeypatch):
+    def fails() -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(processes, "has_tpu", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", fails)
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", "tpu,cpu")
+        with pytest.raises(ConfigError) as found:
+            processes.start()
+    finally:
+        jax.config.update("jax_platforms", before)
+    assert str(found.value) == (
+        "the hosts of the slice did not find each other; give coordinator, num_processes and process_id "
+        "(coordinator_address should be defined.)"
+    )
+
+
+def test_processes_that_do_not_come_together_are_one_clear_error(monkeypatch, kind):
     def fails(*_: object) -> None:
-        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out\nmany more lines")
+        raise kind("DEADLINE_EXCEEDED: barrier timed out\nmany more lines")
 
     monkeypatch.setattr(jax.distributed, "initialize", fails)
     with pytest.raises(ConfigError) as found:
@@ -237,6 +265,7 @@ def talk(port: int, number: int, folder: str) -> None:
     sharding.LARGE_BYTES = 256  # so that these small arrays are split over both processes as large ones are
     path = Path(folder)
     found["layouts"] = raised(lambda: train.run(ROTATED, path / "layouts", layout=Layout(expert=1 + number)))
+    found["workdirs"] = raised(lambda: train.run(ROTATED, path / f"of {number}"))
     found["stopped"] = raised(lambda: run(path / "stopped", stop_before=4))
     # Begun with one device, see `pair`.
     found["result"], found["steps"] = run(path / "begun")
@@ -310,7 +339,7 @@ def test_an_error_of_the_first_is_one_of_all(pair):
 def test_the_process_that_differs_is_named_in_all(pair):
     for number, found in enumerate(pair[1]):
         assert found["same"] is None
-        differs = "it must be the same in all processes; it differs in [1]"
+        differs = "it must be that of the first process; not so in processes [1]"
         assert found["other"] == ["ConfigError", f"seed = '1{number}': {differs}"]
         assert found["longer"] == ["ConfigError", f"seed = '{'ä' * (3 + 2 * number)}': {differs}"]
 
@@ -320,8 +349,16 @@ def test_processes_of_different_layouts_are_refused(pair):
         kind, message = found["layouts"]
         assert kind == "ConfigError"
         assert message.startswith(f"layout = 'Layout(expert={1 + number}, ")
-        assert message.endswith("it must be the same in all processes; it differs in [1]")
+        assert message.endswith("it must be that of the first process; not so in processes [1]")
     assert not (pair[0] / "layouts").exists()
+
+
+def test_a_workdir_that_only_one_sees_is_refused(pair):
+    for number, found in enumerate(pair[1]):
+        wanted = "it must be a directory that all hosts share; not so in processes [1]"
+        assert found["workdirs"] == ["ConfigError", f"workdir = {str(pair[0] / f'of {number}')!r}: {wanted}"]
+    assert {path.name for path in (pair[0] / "of 0").iterdir()} == {"config.json", ".lock"}
+    assert not (pair[0] / "of 1").exists()
 
 
 def test_each_process_holds_its_part_of_the_batch(pair):
@@ -405,7 +442,7 @@ def test_checkpoints_of_two_processes_are_read_by_one(trained):
         (
             [],
             ("--config.seed=1",),
-            "configuration = '{digest}': it must be the same in all processes; it differs in [1]",
+            "configuration = '{digest}': it must be that of the first process; not so in processes [1]",
         ),
     ],
 )

@@ -38,6 +38,9 @@ def specs(shardings: Any) -> dict[str, tuple[Any, ...]]:
 # The mesh
 
 
+SHARED = "it must be a multiple of the {} devices that share it out"
+
+
 @pytest.mark.parametrize(
     ("model", "layout", "count", "shape"),
     [
@@ -77,14 +80,24 @@ def test_the_shape_of_the_mesh_by_hand(model, layout, count, shape):
         ({"num_experts": 6}, 32, {"expert": 4}, 8, "expert_axis = 4: it must be a divisor of num_experts = 6"),
         ({"num_heads": 4}, 32, {"model": 8}, 8, "model_axis = 8: it must be a divisor of num_heads = 4"),
         ({"d_ff": 30}, 32, {"model": 4}, 8, "model_axis = 4: it must be a divisor of d_ff = 30"),
-        ({}, 12, {}, 8, "batch_size = 12: it must be a multiple of the 8 devices"),
-        ({}, 4, {"model": 2}, 8, "batch_size = 4: it must be a multiple of the 8 devices"),
-        ({}, 16, {}, 3, "batch_size = 16: it must be a multiple of the 3 devices"),
+        ({}, 12, {}, 8, f"batch_size = 12: {SHARED.format(8)}"),
+        ({}, 16, {}, 3, f"batch_size = 16: {SHARED.format(3)}"),
         ({"num_experts": 3}, 15, {}, 3, None),
+        # Devices along `model` work on the same images, but for rotated experts, which they share out too.
+        ({}, 6, {"model": 2}, 8, f"batch_size = 6: {SHARED.format(4)}"),
+        ({}, 4, {"model": 2}, 8, None),
+        ({"family": "dense"}, 4, {"model": 2}, 8, None),
+        (
+            {"family": "butterfly"},
+            4,
+            {"model": 2},
+            8,
+            f"batch_size = 4: {SHARED.format(8)}",
+        ),
     ],
 )
 def test_what_does_not_divide_over_the_mesh_is_named(model, batch, layout, count, message):
-    config = make_model(family="standard", num_stages=1, **model)
+    config = make_model(**{"family": "standard", "num_stages": 1} | model)
     if message is None:
         sharding.mesh_shape(config, batch, Layout(**layout), count)
         return

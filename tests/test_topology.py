@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from bvit_jax import components, hlo, sharding, topology, vit
+from bvit_jax import components, exchange, hlo, sharding, topology, vit
 from bvit_jax.compiled import Compiled
 from bvit_jax.config import Config, resolve
 from bvit_jax.model_config import ConfigError
@@ -94,6 +94,13 @@ def test_stored_experts_are_split_and_their_tokens_travel() -> None:
     assert saved == pytest.approx(4 * 6 * 3 * (2 * 64 * 128 + 64 + 128), rel=0.05)
 
 
+@pytest.mark.parametrize("experts", [2, 4, 32, 512])
+def test_meshes_may_split_the_axes_of_a_slice(experts: int) -> None:
+    model = dataclasses.replace(tiny("standard,8").model, num_experts=experts)
+    shape = sharding.place(model, 512, devices=topology.devices_of("v5p:8x8x8")).mesh.shape
+    assert dict(shape) == {"data": 512 // experts, "expert": experts, "model": 1}
+
+
 def test_evaluation_moves_nothing_but_its_sums() -> None:
     config = one_layer("butterfly,8")
     found = topology.compile_step(config, "v5e:2x2", "eval")
@@ -150,7 +157,7 @@ def test_a_missing_libtpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_does_not_divide_is_refused_before_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topology, "build", lambda *_: pytest.fail("it was compiled"))
-    with pytest.raises(ConfigError, match="batch_size = 32: it must be a multiple of the 64 devices"):
+    with pytest.raises(ConfigError, match="batch_size = 32: it must be a multiple of the 64 devices that share it out"):
         topology.compile_step(tiny("dense"), "v5e:8x8", "train")
     with pytest.raises(ConfigError, match="expert_axis = 4: it must be a divisor of num_experts = 6"):
         topology.compile_step(tiny("standard,6"), "v5e:2x2", "train", Layout(expert=4))
@@ -170,6 +177,6 @@ def test_split_heads_and_channels_and_fsdp_compile(kind: str, monkeypatch: pytes
 def test_programs_of_the_compiler_are_read_whole() -> None:
     placement = sharding.place(one_layer("standard,8").model, 32, devices=topology.devices_of("v5e:2x2"))
     program = topology.build(one_layer("standard,8"), placement, "train")
-    overflow = hlo.read(str(program.as_text()), rare="nothing")
-    common = hlo.read(str(program.as_text()))
+    overflow = hlo.read(str(program.as_text()), rare="")
+    common = hlo.read(str(program.as_text()), rare=exchange.OVERFLOW_SCOPE)
     assert overflow.bytes_by_kind()["all-to-all"] > common.bytes_by_kind()["all-to-all"]
