@@ -31,7 +31,8 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         process_id: this one's number, from 0.
 
     Raises:
-        ConfigError: if only some of the three are given, they do not fit each other, or the others do not come.
+        ConfigError: if only some of the three are given, or they do not fit each other. Where the others do not come,
+            JAX ends the process itself, with a message, after five minutes.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -47,7 +48,12 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         "given together with the others of coordinator, num_processes and process_id",
     )
     host, _, port = str(coordinator).rpartition(":")
-    require(bool(host) and port.isdigit() and 0 < int(port) < 2**16, "coordinator", coordinator, "HOST:PORT")
+    require(
+        bool(host) and port.isdecimal() and port.isascii() and 0 < int(port) < 2**16,
+        "coordinator",
+        coordinator,
+        "HOST:PORT",
+    )
     count, number = int(num_processes or 0), int(process_id or 0)
     require(count >= 1, "num_processes", count, "at least 1")
     require(0 <= number < count, "process_id", number, f"0 to {count - 1}, one under num_processes")
@@ -90,6 +96,7 @@ def on_first(work: Callable[[], Any]) -> Any:
     if is_first():
         try:
             told = {"returned": work()}
+            json.dumps(told)
         except Exception as raised:
             error, told = raised, {"raised": str(raised), "config": isinstance(raised, ConfigError)}
     told = json.loads(_broadcast(json.dumps(told)))

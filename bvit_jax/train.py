@@ -186,7 +186,7 @@ class _Run:
         if best_step is None:
             raise RuntimeError(f"no checkpoint was kept in {self.workdir}")
         if best_step != int(state.step):
-            jax.tree.map(jax.Array.delete, state)  # two states may be more than a device holds
+            jax.tree.map(lambda leaf: leaf.delete(), state)  # two states may be more than a device holds
             state = self._restore(best_step)
         found = self._evaluate(state.params, self.dataset.test)
         log.metrics(config.total_steps, "test", found.to_dict())

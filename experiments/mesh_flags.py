@@ -15,5 +15,5 @@ _FSDP = flags.DEFINE_bool("fsdp", False, "Split large parameters over the device
 def layout() -> Layout:
     """Returns the layout that the flags ask for; raises ConfigError for what is no number."""
     text = str(_EXPERT_AXIS.value)
-    require(text == "auto" or text.isdigit(), "expert_axis", text, "auto or a number")
+    require(text == "auto" or (text.isascii() and text.isdigit()), "expert_axis", text, "auto or a number")
     return Layout(None if text == "auto" else int(text), int(_MODEL_AXIS.value or 0), bool(_FSDP.value))

@@ -85,7 +85,6 @@ def test_hosts_of_tpus_find_each_other_and_others_are_alone(started, monkeypatch
     assert started == [()] * starts
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError])
 def test_hosts_of_tpus_that_do_not_find_each_other_are_one_clear_error(monkeypatch):
     def fails() -> None:
         raise ValueError("coordinator_address should be defined.")
@@ -105,6 +104,7 @@ def test_hosts_of_tpus_that_do_not_find_each_other_are_one_clear_error(monkeypat
     )
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError])
 def test_processes_that_do_not_come_together_are_one_clear_error(monkeypatch, kind):
     def fails(*_: object) -> None:
         raise kind("DEADLINE_EXCEEDED: barrier timed out\nmany more lines")
