@@ -130,7 +130,7 @@ def _best(directory: Path, config: Config, name: str) -> tuple[int, Any]:
 
 
 def abstract_state(state: TrainState, shardings: Any) -> TrainState:
-    """Describes a state to be restored, every array where `shardings` says; a single one stands for all."""
+    """Describes a state that is not there, every array where `shardings` says; a single one stands for all."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, state)
     return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, shardings)

@@ -118,13 +118,13 @@ def _on_mesh(
         )
         return y_NxD.reshape(1, *expert_bxTxK.shape, x_bxTxD.shape[-1])
 
-    rows = PartitionSpec(sharding.BATCH_AXES)
+    rows = sharding.split("batch")
     by_axes = {name: sharding.split(*axes) for name, (_, axes) in _STORED.items()}
     parts_MxBxTxKxD = jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(by_axes, rows, rows),
-        out_specs=PartitionSpec(sharding.MODEL, sharding.BATCH_AXES),
+        out_specs=sharding.split("mlp", "batch"),
         check_vma=False,  # the number of rounds is the same everywhere, which is more than it can prove
     )(params, x_BxTxD, expert_BxTxK)
     return parts_MxBxTxKxD.sum(axis=0)

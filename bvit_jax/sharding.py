@@ -83,7 +83,7 @@ class Placement:
     @property
     def batch(self) -> NamedSharding:
         """Splits the first axis over the batch axes."""
-        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        return NamedSharding(self.mesh, split("batch"))
 
     @property
     def replicated(self) -> NamedSharding:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from bvit_jax import exchange, hlo, sharding, train_step
+from bvit_jax.checkpoints import abstract_state
 from bvit_jax.compiled import STEPS, Compiled, Step
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError, require, require_choice
@@ -104,12 +105,9 @@ def build(config: Config, placement: Placement, step: Step) -> jax.stages.Compil
 
 def lower(config: Config, placement: Placement, step: Step) -> jax.stages.Lowered:
     """Lowers a step for a placement; no array is made."""
-    images, labels, weights = batch_shapes(config, placement)
-    state = jax.tree.map(
-        lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to),
-        jax.eval_shape(lambda: train_step.init_state(config)),
-        train_step.state_shardings(config, placement),
-    )
+    images, labels, weights = _batch_shapes(config, placement)
+    shapes = jax.eval_shape(lambda: train_step.init_state(config))
+    state = abstract_state(shapes, train_step.state_shardings(config, placement))
     if step == "eval":
         return train_step.make_eval_step(config.model, placement).lower(state.params, images, labels, weights)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -117,7 +115,7 @@ def lower(config: Config, placement: Placement, step: Step) -> jax.stages.Lowere
     return train_step.make_train_step(config, placement).lower(state, key, images, labels)
 
 
-def batch_shapes(config: Config, placement: Placement) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _batch_shapes(config: Config, placement: Placement) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Describes a batch on its devices: images, labels, weights."""
     model, batch = config.model, config.batch_size
     pixels = (batch, model.image_size, model.image_size, model.channels)

@@ -162,7 +162,7 @@ def test_what_does_not_divide_is_refused_before_compiling(monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match="expert_axis = 4: it must be a divisor of num_experts = 6"):
         topology.compile_step(tiny("standard,6"), "v5e:2x2", "train", Layout(expert=4))
     with pytest.raises(ConfigError, match="step = 'test': it must be train or eval"):
-        topology.compile_step(tiny("dense"), "v5e:2x2", "test")  # type: ignore[arg-type]
+        topology.compile_step(tiny("dense"), "v5e:2x2", "test")  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.parametrize("kind", ["butterfly,8", "standard,8"])
