@@ -10,6 +10,7 @@ Family = Literal["dense", "standard", "butterfly"]
 Form = Literal["separate", "tied", "reference"]
 ComputeDtype = Literal["float32", "bfloat16"]
 TernaryScale = Literal["row", "tensor", "none"]
+Dispatch = Literal["auto", "rows", "blocks", "fused"]
 
 
 MAX_LAYERS = 512
@@ -59,6 +60,7 @@ class ModelConfig:
         router_precision: likewise, the format that the router's weights are rounded to.
         angle_init: angles start uniform in [-angle_init, angle_init], radians.
         router_noise: standard deviation of the Gaussian noise on the router's logits in training.
+        dispatch: how rows meet the rotations of their experts; see `bvit_jax.rotated`. All give the same result.
         compute_dtype: of activations and matrix products; parameters and the router are float32.
         image_size, patch_size, num_layers, d_model, d_ff, num_heads: as in `VitShape`.
         channels, num_classes: of the images and labels.
@@ -76,6 +78,7 @@ class ModelConfig:
     router_precision: precision.RouterPrecision
     angle_init: float
     router_noise: float
+    dispatch: Dispatch
     compute_dtype: ComputeDtype
     image_size: int
     patch_size: int
@@ -94,6 +97,7 @@ class ModelConfig:
             "ternary_scale": get_args(TernaryScale),
             "angle_bits": packing.ANGLE_BITS,
             "router_precision": get_args(precision.RouterPrecision),
+            "dispatch": get_args(Dispatch),
             "compute_dtype": get_args(ComputeDtype),
         }.items():
             require_choice(f"model.{field}", getattr(self, field), choices)
@@ -151,6 +155,7 @@ class ModelConfig:
                 "ternary_scale": "row",
                 "angle_bits": 32,
                 "angle_init": 0.0,
+                "dispatch": "auto",
             }
         )
         layers = moe_layer_indices(self.moe_layers, self.num_layers)

@@ -57,6 +57,7 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "router_precision": "float32",
             "angle_init": 0.1,
             "router_noise": 0.0,
+            "dispatch": "auto",
             "compute_dtype": "float32",
             # Each of these replaces the variant's own where it is set.
             **{name: config_dict.placeholder(int) for name in SHAPE},

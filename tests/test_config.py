@@ -59,6 +59,7 @@ OTHER: dict[str, Any] = {
     "model.router_precision": "int8",
     "model.angle_init": 0.123,
     "model.router_noise": 0.123,
+    "model.dispatch": "blocks",
     "model.compute_dtype": "bfloat16",
     "model.patch_size": 4,
     "model.num_layers": 1,

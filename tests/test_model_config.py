@@ -21,6 +21,7 @@ OTHER = {
     "router_precision": "int8",
     "angle_init": 0.123,
     "router_noise": 0.123,
+    "dispatch": "blocks",
     "compute_dtype": "bfloat16",
     "image_size": 16,
     "patch_size": 4,
@@ -31,7 +32,7 @@ OTHER = {
     "channels": 3,
     "num_classes": 7,
 }
-BUTTERFLY_ONLY = {"form", "num_stages", "stride_order", "ternary_scale", "angle_bits", "angle_init"}
+BUTTERFLY_ONLY = {"form", "num_stages", "stride_order", "ternary_scale", "angle_bits", "angle_init", "dispatch"}
 MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_precision"}
 
 
@@ -45,6 +46,7 @@ MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_pr
         ("angle_bits", 7, "32 or 16 or 8 or 6 or 4"),
         ("router_precision", "int2", "float32 or bfloat16 or int8 or int4"),
         ("compute_dtype", "float16", "float32 or bfloat16"),
+        ("dispatch", "sorted", "auto or rows or blocks or fused"),
         ("num_experts", 0, "at least 1"),
         ("top_k", 0, "at least 1"),
         ("num_stages", 0, "at least 1"),
