@@ -154,7 +154,7 @@ def _rotate(x: jax.Array, angles: jax.Array, expert: jax.Array | None, stages: S
     walk = _in_order(stages, angles, expert, x, inverse)
     y = x.astype(walk[0][1].dtype)
     for stage, cos, sin in walk:
-        y = _join(stage, *_turn(*_split(stage, y), cos, sin))
+        y = join(stage, *_turn(*split(stage, y), cos, sin))
     return y.astype(x.dtype)
 
 
@@ -174,10 +174,10 @@ def _rotate_backward(
     y, dy = y.astype(walk[0][1].dtype), dy.astype(walk[0][1].dtype)
     by_stage: list[jax.Array] = []
     for stage, cos, sin in reversed(walk):
-        (y1, y2, y_alone), (dy1, dy2, dy_alone) = _split(stage, y), _split(stage, dy)
+        (y1, y2, y_alone), (dy1, dy2, dy_alone) = split(stage, y), split(stage, dy)
         by_stage.append((dy2 * y1 - dy1 * y2).reshape(-1, stage.num_angles))
-        y = _join(stage, *_turn(y1, y2, y_alone, cos, -sin))
-        dy = _join(stage, *_turn(dy1, dy2, dy_alone, cos, -sin))
+        y = join(stage, *_turn(y1, y2, y_alone, cos, -sin))
+        dy = join(stage, *_turn(dy1, dy2, dy_alone, cos, -sin))
     d_angles_NxA = jnp.concatenate(by_stage if inverse else by_stage[::-1], axis=-1)
     if expert is None:
         d_angles = d_angles_NxA.sum(axis=0)
@@ -208,7 +208,7 @@ def _in_order(
     return walk[::-1] if inverse else walk
 
 
-def _split(stage: Stage, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def split(stage: Stage, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Splits (..., D) into the pairs' first and second members, (..., outer, pairs, inner), and the rest."""
     x = x.reshape(*x.shape[:-1], stage.outer, stage.length, stage.inner)
     if stage.length == 2:
@@ -218,8 +218,8 @@ def _split(stage: Stage, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array 
     return x[..., first, :], x[..., first + stage.stride, :], x[..., alone, :]
 
 
-def _join(stage: Stage, x1: jax.Array, x2: jax.Array, alone: jax.Array | None) -> jax.Array:
-    """Undoes `_split`."""
+def join(stage: Stage, x1: jax.Array, x2: jax.Array, alone: jax.Array | None) -> jax.Array:
+    """Undoes `split`."""
     x = jnp.concatenate([x1, x2] if alone is None else [x1, x2, alone], axis=-2)
     if alone is not None:
         first = stage.first

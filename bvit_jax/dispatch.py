@@ -8,7 +8,7 @@ Three paths give the same result:
   plain matrix product. On CPUs XLA expands `ragged_dot` to all rows times all experts, and this is many times faster.
 - `ragged`: rows sorted by expert, then `jax.lax.ragged_dot`; for what is neither, GPUs, untimed so far.
 
-Axes: N rows (tokens x choices), E experts, D inputs, F outputs, S slots (rows after sorting and padding).
+Axes: N rows (tokens x choices), T tokens, E experts, D inputs, F outputs, S slots (rows after sorting and padding).
 """
 
 import math
@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.experimental.pallas.ops.tpu import megablox
 
@@ -34,7 +35,8 @@ class Grouping:
         expert_S: int32 (S,), the expert of each slot.
         sizes_E: int32 (E,), slots of each expert (`ragged`).
         block: height of a block, 0 for the other paths.
-        tile: rows of a tile of the kernel, 0 for the other paths.
+        tile: rows of a tile of a kernel, 0 for the other paths.
+        chunk: experts of a chunk, whose rows fill whole tiles.
     """
 
     slot_N: jax.Array
@@ -43,6 +45,7 @@ class Grouping:
     sizes_E: jax.Array
     block: int = struct.field(pytree_node=False, default=0)
     tile: int = struct.field(pytree_node=False, default=0)
+    chunk: int = struct.field(pytree_node=False, default=0)
 
 
 def default_block(num_rows: int, num_experts: int) -> int:
@@ -51,26 +54,27 @@ def default_block(num_rows: int, num_experts: int) -> int:
     return min(max(1 << round(math.log2(mean_rows)), 16), 128)
 
 
-def group(expert_N: jax.Array, num_experts: int, block: int = 0, tile: int = 0) -> Grouping:
+def group(expert_N: jax.Array, num_experts: int, block: int = 0, tile: int = 0, chunk: int = 0) -> Grouping:
     """Groups rows by expert, in order within each expert.
 
     Args:
         expert_N: int (N,), the expert of each row.
         num_experts: number of experts E.
-        block: height of a block, for the `blocks` path.
-        tile: rows of a tile, for the `tiles` path: the sorted rows are padded to a multiple of it.
+        block: height of a block: the rows of each expert are padded to a multiple of it.
+        tile: rows of a tile, a multiple of `block`: the rows of each chunk are padded to a multiple of it.
+        chunk: experts of a chunk, 0 for all in one.
 
-        With neither, for the `ragged` path, slots are the sorted rows without padding.
+        With neither block nor tile slots are the sorted rows without padding.
     """
-    num_rows = expert_N.shape[0]
+    num_rows, chunk = expert_N.shape[0], chunk or num_experts
     height = block or 1
     counts_E = jnp.bincount(expert_N, length=num_experts)
     sizes_E = -(-counts_E // height) * height
-    # sum of ceil(count / height) is largest when every expert that has rows has one row too many.
-    num_slots = (num_rows + min(num_experts, num_rows) * (height - 1)) // height * height
-    if tile:
-        num_slots = -(-num_rows // tile) * tile
-        sizes_E = sizes_E.at[-1].add(num_slots - num_rows)  # the kernel leaves what belongs to nobody as it was
+    if tile:  # the last expert of a chunk takes what fills the tile: kernels leave what belongs to nobody as it was
+        starts = np.arange(0, num_experts, chunk)
+        missing_c = -jnp.add.reduceat(sizes_E, starts) % tile
+        sizes_E = sizes_E.at[np.minimum(starts + chunk, num_experts) - 1].add(missing_c)
+    num_slots = _most_slots(num_rows, num_experts, height, tile or height, chunk)
     order_N = jnp.argsort(expert_N, stable=True)
     rank_N = jnp.zeros(num_rows, jnp.int32).at[order_N].set(jnp.arange(num_rows, dtype=jnp.int32))
     shift_E = (jnp.cumsum(sizes_E) - sizes_E) - (jnp.cumsum(counts_E) - counts_E)
@@ -78,17 +82,55 @@ def group(expert_N: jax.Array, num_experts: int, block: int = 0, tile: int = 0) 
     row_S = jnp.full(num_slots, num_rows, jnp.int32).at[slot_N].set(jnp.arange(num_rows, dtype=jnp.int32))
     expert_S = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(num_slots), side="right")
     expert_S = jnp.minimum(expert_S, num_experts - 1).astype(jnp.int32)  # trailing slots hold no rows
-    return Grouping(slot_N, row_S, expert_S, sizes_E.astype(jnp.int32), block, tile)
+    return Grouping(slot_N, row_S, expert_S, sizes_E.astype(jnp.int32), block, tile, chunk)
 
 
-def to_slots(rows_NxD: jax.Array, grouping: Grouping) -> jax.Array:
-    """Moves rows to their slots, (S, D); slots without a row are zero."""
-    return jnp.take(rows_NxD, grouping.row_S, axis=0, mode="fill", fill_value=0)
+def _most_slots(num_rows: int, num_experts: int, block: int, tile: int, chunk: int) -> int:
+    """Slots that suffice however rows fall; padding is worst where all that have rows have one row too many."""
+    by_expert = min(num_experts, num_rows) * (block - 1)
+    by_chunk = min(-(-num_experts // chunk), num_rows) * (tile - block)
+    return (num_rows + by_expert + by_chunk) // tile * tile
+
+
+def to_slots(x_TxD: jax.Array, grouping: Grouping, copies: int = 1) -> jax.Array:
+    """Moves rows to their slots, (S, D); slots without a row are zero.
+
+    Args:
+        x_TxD: N / copies tokens; a token's copies are rows that follow each other.
+        grouping: of the rows.
+        copies: rows of a token.
+    """
+    return _to_slots(x_TxD, grouping, copies)
 
 
 def to_rows(slots_SxD: jax.Array, grouping: Grouping) -> jax.Array:
     """Moves slots back to their rows, (N, D)."""
-    return slots_SxD[grouping.slot_N]
+    return _to_rows(slots_SxD, grouping)
+
+
+def _take_slots(x_TxD: jax.Array, grouping: Grouping, copies: int) -> jax.Array:
+    return jnp.take(x_TxD, grouping.row_S // copies, axis=0, mode="fill", fill_value=0)
+
+
+def _take_rows(slots_SxD: jax.Array, grouping: Grouping) -> jax.Array:
+    return slots_SxD.at[grouping.slot_N].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def _give_back_to_tokens(copies: int, grouping: Grouping, d_slots_SxD: jax.Array) -> tuple[jax.Array, None]:
+    d_rows_NxD = _take_rows(d_slots_SxD, grouping)
+    dtype = jnp.promote_types(d_slots_SxD.dtype, jnp.float32)
+    d_tokens = d_rows_NxD.reshape(-1, copies, d_rows_NxD.shape[-1]).sum(axis=1, dtype=dtype)
+    return d_tokens.astype(d_slots_SxD.dtype), None
+
+
+# Each slot holds one row at most, so that the gradient of either gather is the other; XLA would scatter.
+_to_slots = jax.custom_vjp(_take_slots, nondiff_argnums=(2,))
+_to_slots.defvjp(lambda x, grouping, copies: (_take_slots(x, grouping, copies), grouping), _give_back_to_tokens)
+_to_rows = jax.custom_vjp(_take_rows)
+_to_rows.defvjp(
+    lambda slots, grouping: (_take_rows(slots, grouping), grouping),
+    lambda grouping, d_rows: (_take_slots(d_rows, grouping, 1), None),
+)
 
 
 def grouped_matmul(
