@@ -124,7 +124,7 @@ def rotate(
             a table (E, A). Radians.
         stages: layout from `make_stages`.
         inverse: turn back instead.
-        expert: int (...), the row of `angles` to use for each vector of `x`.
+        expert: int (...), the row of `angles` to use for each vector of `x`; an axis of 1 shares it among vectors.
 
     Returns:
         (..., D), dtype of `x`.
@@ -145,8 +145,11 @@ def _check_shapes(x: tuple[int, ...], angles: tuple[int, ...], stages: Stages, e
         raise ValueError(f"angles have shape {angles}; these stages need {wanted}")
     if stages and x[-1] != stages[0].outer * stages[0].length * stages[0].inner:
         raise ValueError(f"x has {x[-1]} channels; these stages turn another number")
-    if expert is not None and expert != x[:-1]:
-        raise ValueError(f"expert has shape {expert}; x of shape {x} needs {x[:-1]}")
+    if expert is None:
+        return
+    fits = len(expert) == len(x) - 1 and all(have in (1, size) for have, size in zip(expert, x, strict=False))
+    if not fits:
+        raise ValueError(f"expert has shape {expert}; x of shape {x} needs {x[:-1]}, or 1 on some axes")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -172,17 +175,18 @@ def _rotate_backward(
     x_dtype = y.dtype
     walk = _in_order(stages, angles, expert, y, inverse)
     y, dy = y.astype(walk[0][1].dtype), dy.astype(walk[0][1].dtype)
+    shared = tuple(range(y.ndim - 1)) if expert is None else tuple(i for i, n in enumerate(expert.shape) if n == 1)
     by_stage: list[jax.Array] = []
     for stage, cos, sin in reversed(walk):
         (y1, y2, y_alone), (dy1, dy2, dy_alone) = split(stage, y), split(stage, dy)
-        by_stage.append((dy2 * y1 - dy1 * y2).reshape(-1, stage.num_angles))
+        by_stage.append((dy2 * y1 - dy1 * y2).sum(axis=shared).reshape(-1, stage.num_angles))
         y = join(stage, *_turn(y1, y2, y_alone, cos, -sin))
         dy = join(stage, *_turn(dy1, dy2, dy_alone, cos, -sin))
-    d_angles_NxA = jnp.concatenate(by_stage if inverse else by_stage[::-1], axis=-1)
+    d_angles = jnp.concatenate(by_stage if inverse else by_stage[::-1], axis=-1)
     if expert is None:
-        d_angles = d_angles_NxA.sum(axis=0)
+        d_angles = d_angles[0]
     else:
-        d_angles = jax.ops.segment_sum(d_angles_NxA, expert.reshape(-1), num_segments=angles.shape[0])
+        d_angles = jax.ops.segment_sum(d_angles, expert.reshape(-1), num_segments=angles.shape[0])
     return dy.astype(x_dtype), (-d_angles if inverse else d_angles).astype(angles.dtype), None
 
 

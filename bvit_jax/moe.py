@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from bvit_jax import butterfly, dispatch, exchange, packing, precision, routing, sharding, ternary
+from bvit_jax import butterfly, dispatch, exchange, packing, precision, rotated, routing, sharding, ternary
 from bvit_jax.model_config import ModelConfig
 
 FfnOutput = tuple[jax.Array, routing.RouterReport | None]
@@ -181,7 +181,7 @@ class ButterflyMoe(nn.Module):
         routed, report = Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
         params = {name: self._parameter(name, sides) for name, sides in _ROTATED[c.form].items()}
         x_BxTxD, expert_BxTxK = x_BxTxD.astype(c.compute_dtype), routed.experts_BxTxK
-        y_BxTxKxF = _in_each_shard(functools.partial(_rotated_experts, c), params, x_BxTxD, expert_BxTxK)
+        y_BxTxKxF = _in_each_shard(functools.partial(rotated.apply, c), params, x_BxTxD, expert_BxTxK)
         y_BxTxF = _combine(y_BxTxKxF, routed)
         if c.form == "reference":
             y_BxTxF = _dense(c.d_model, c.compute_dtype, "outputs", "embed", "projection")(y_BxTxF)
@@ -193,7 +193,7 @@ class ButterflyMoe(nn.Module):
         shape = tuple({"D": c.d_model, "F": c.d_ff}[side] for side in sides)
         if name.endswith("angles"):
             init = sharding.named(_uniform(c.angle_init), "rotations", "angles")
-            shape = (c.num_experts, butterfly.num_angles(_stages(c, *shape)))
+            shape = (c.num_experts, butterfly.num_angles(rotated.stages_of(c, *shape)))
             return packing.quantise_angles(self.param(name, init, shape), c.angle_bits)
         if name.endswith("bias"):
             return self.param(name, sharding.named(_zeros, "outputs"), shape).astype(c.compute_dtype)
@@ -236,45 +236,13 @@ def _in_each_shard(
     return by_shard(params, x_BxTxD, expert_BxTxK)
 
 
-def _rotated_experts(
-    config: ModelConfig, params: dict[str, jax.Array], x_BxTxD: jax.Array, expert_BxTxK: jax.Array
-) -> jax.Array:
-    """Returns the output of each choice's expert, (B, T, K, D), before the gates; (B, T, K, F) of `reference`."""
-
-    def turn(name: str, x: jax.Array, inverse: bool = False) -> jax.Array:
-        stages = _stages(config, x.shape[-1])
-        return butterfly.rotate(x, params[f"{name}_angles"], stages, inverse=inverse, expert=expert_BxTxK)
-
-    def bias(name: str) -> jax.Array:
-        return params[name].reshape(1, 1, 1, -1)
-
-    x = _one_row_per_choice(x_BxTxD, expert_BxTxK.shape[-1])
-    if config.form == "reference":
-        return turn("theta", turn("phi", x) @ params["prototype"])
-    if config.form == "tied":
-        h = turn("phi", turn("theta", x, inverse=True) @ params["prototype"])
-        h = turn("phi", nn.gelu(h + bias("up_bias")), inverse=True)
-        return turn("theta", h @ params["prototype"].T) + bias("down_bias")
-    h = turn("up_phi", turn("up_theta", x, inverse=True) @ params["up_prototype"])
-    h = turn("down_theta", nn.gelu(h + bias("up_bias")), inverse=True)
-    return turn("down_phi", h @ params["down_prototype"]) + bias("down_bias")
-
-
-def _stages(config: ModelConfig, dim: int) -> butterfly.Stages:
-    return butterfly.make_stages(dim, min(config.num_stages, butterfly.max_stages(dim)), config.stride_order)
-
-
 def _uniform(limit: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
-def _one_row_per_choice(x_BxTxD: jax.Array, top_k: int) -> jax.Array:
-    batch, tokens, d_model = x_BxTxD.shape
-    return jnp.broadcast_to(x_BxTxD[:, :, None], (batch, tokens, top_k, d_model))
-
-
 def _rows(x_BxTxD: jax.Array, top_k: int) -> jax.Array:
-    return _one_row_per_choice(x_BxTxD, top_k).reshape(-1, x_BxTxD.shape[-1])
+    batch, tokens, d_model = x_BxTxD.shape
+    return jnp.broadcast_to(x_BxTxD[:, :, None], (batch, tokens, top_k, d_model)).reshape(-1, d_model)
 
 
 def _combine(y_BxTxKxF: jax.Array, routed: routing.Routing) -> jax.Array:
