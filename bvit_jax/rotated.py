@@ -11,34 +11,64 @@ meet their angles:
 `auto` takes `fused` on TPUs if form and sizes allow it, and `blocks` or, for few rows, `rows` otherwise. It chooses
 when the program is lowered, for the platform that it is lowered for.
 
-Axes: B batch, T tokens, K experts of a token, N = B * T * K rows, S slots (sorted and padded rows), D d_model, F d_ff,
-E experts, b rows of a block.
+Axes: B batch, T tokens (of all images, within a path), K experts of a token, N rows, S slots (sorted and padded
+rows), D d_model, F d_ff, O outputs of a layer.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bvit_jax import butterfly, dispatch
-from bvit_jax.kernels import ffn, fused
-from bvit_jax.kernels.cut import Side, UnfitError, choose
+from bvit_jax import block_rotation, blocks, butterfly, dispatch
+from bvit_jax.kernels import fused
+from bvit_jax.kernels.cut import Cut, Side, UnfitError, choose
+from bvit_jax.kernels.ffn import Weights
 from bvit_jax.model_config import ConfigError, Form, ModelConfig
 
 Params = dict[str, jax.Array]
 Experts = Callable[[Params, jax.Array, jax.Array], jax.Array]
-"""(parameters, tokens (B, T, D), experts (B, T, K)) -> (B, T, K, D), of `reference` (B, T, K, F)."""
+"""(parameters, tokens (T, D), experts (T, K)) -> (T, K, D), of `reference` (T, K, F)."""
 
-_SIDES: dict[Form, tuple[tuple[str, bool], ...]] = {
-    "separate": (("up_theta", True), ("up_phi", False), ("down_theta", True), ("down_phi", False)),
-    "tied": (("theta", True), ("phi", False), ("phi", True), ("theta", False)),
-    "reference": (("phi", False), ("theta", False)),
+
+class _Names(NamedTuple):
+    """Parameters of y = B(after) B(before)^T applied around a product; see `_Layer`."""
+
+    before: str
+    weights: str
+    after: str
+    bias: str | None
+
+
+_FORMS: dict[Form, tuple[_Names, ...]] = {
+    "separate": (
+        _Names("up_theta", "up_prototype", "up_phi", "up_bias"),
+        _Names("down_theta", "down_prototype", "down_phi", "down_bias"),
+    ),
+    "tied": (_Names("theta", "prototype", "phi", "up_bias"), _Names("phi", "prototype", "theta", "down_bias")),
+    "reference": (_Names("phi", "prototype", "theta", None),),
 }
-"""Of each form the rotations around the products, in order: the name of their angles, and whether they turn back."""
 
+_CPU_TILE, _CPU_BLOCK = 128, 4
+"""Rows of a tile that stays in a core's cache, and of a block; timed on a CPU."""
+_TILE_NUMBERS, _BLOCK = 2**22, 16
+"""Elsewhere: hidden numbers (rows x d_ff) of a tile, of which half a dozen arrays fit the VMEM of a TPU v5e; rows of a
+block."""
 _FEW_ROWS = 512
+"""Rows up to which sorting them does not pay on a CPU."""
+
+
+class _Layer(NamedTuple):
+    """y = B_after(B_before(x) W) + b."""
+
+    before: Side
+    weights_DxO: jax.Array
+    after: Side
+    bias_O: jax.Array
 
 
 def apply(config: ModelConfig, params: Params, x_BxTxD: jax.Array, expert_BxTxK: jax.Array) -> jax.Array:
@@ -53,22 +83,10 @@ def apply(config: ModelConfig, params: Params, x_BxTxD: jax.Array, expert_BxTxK:
     Raises:
         ConfigError: for `fused` where the kernels cannot run the model.
     """
-    by_rows, by_blocks = functools.partial(_by_rows, config), functools.partial(_by_blocks, config)
-    if config.dispatch == "rows":
-        return by_rows(params, x_BxTxD, expert_BxTxK)
-    if config.dispatch == "blocks":
-        return by_blocks(params, x_BxTxD, expert_BxTxK)
-    try:
-        on_tpu = _fused(config, x_BxTxD, expert_BxTxK, interpret=False)
-    except UnfitError as error:
-        if config.dispatch == "fused":
-            raise ConfigError(f"model.dispatch = 'fused' cannot run this model: {error}") from None
-        on_tpu = by_blocks
-    if config.dispatch == "fused":
-        paths = {"tpu": on_tpu, "default": _fused(config, x_BxTxD, expert_BxTxK, interpret=True)}
-    else:
-        paths = {"tpu": on_tpu, "default": by_rows if expert_BxTxK.size <= _FEW_ROWS else by_blocks}
-    return jax.lax.platform_dependent(params, x_BxTxD, expert_BxTxK, **paths)
+    x_TxD, expert_TxK = x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), expert_BxTxK.reshape(-1, config.top_k)
+    paths = _PATHS[config.dispatch](config, x_TxD, expert_TxK)
+    y_TxKxF = jax.lax.platform_dependent(params, x_TxD, expert_TxK, **paths)
+    return y_TxKxF.reshape(*expert_BxTxK.shape, -1)
 
 
 def stages_of(config: ModelConfig, dim: int) -> butterfly.Stages:
@@ -76,74 +94,111 @@ def stages_of(config: ModelConfig, dim: int) -> butterfly.Stages:
     return butterfly.make_stages(dim, min(config.num_stages, butterfly.max_stages(dim)), config.stride_order)
 
 
-def _by_rows(config: ModelConfig, params: Params, x_BxTxD: jax.Array, expert_BxTxK: jax.Array) -> jax.Array:
-    x_BxTxKxD = jnp.broadcast_to(x_BxTxD[:, :, None], (*expert_BxTxK.shape, x_BxTxD.shape[-1]))
-    return _ffn(config, params, x_BxTxKxD, expert_BxTxK)
+def _choose_rows(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dict[str, Experts]:
+    del x_TxD, expert_TxK
+    return {"default": functools.partial(_by_rows, config)}
 
 
-def _by_blocks(config: ModelConfig, params: Params, x_BxTxD: jax.Array, expert_BxTxK: jax.Array) -> jax.Array:
-    num_experts = config.num_experts
-    block = dispatch.default_block(expert_BxTxK.size, num_experts)
-    grouping = dispatch.group(expert_BxTxK.reshape(-1), num_experts, block)
-    x_SxD = dispatch.to_slots(_tokens(x_BxTxD), grouping, copies=config.top_k)
-    x_nxbxD = x_SxD.reshape(-1, block, x_SxD.shape[-1])
-    y_nxbxF = _ffn(config, params, x_nxbxD, grouping.expert_S[::block, None])
-    y_NxF = dispatch.to_rows(y_nxbxF.reshape(x_SxD.shape[0], -1), grouping)
-    return y_NxF.reshape(*expert_BxTxK.shape, -1)
+def _choose_blocks(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dict[str, Experts]:
+    num_rows = -(-expert_TxK.size // _BLOCK) * _BLOCK
+    tile = min(max(_TILE_NUMBERS // config.d_ff, 1) * _BLOCK, num_rows)
+    return {
+        "cpu": functools.partial(_by_blocks, config, _CPU_BLOCK, _CPU_TILE),
+        "default": functools.partial(_by_blocks, config, _BLOCK, tile),
+    }
 
 
-def _ffn(config: ModelConfig, params: Params, x: jax.Array, expert: jax.Array) -> jax.Array:
-    """Applies the FFN along the last axis; `expert` has the other axes, 1 in place of those that share an expert."""
-
-    def turn(side: int, x: jax.Array) -> jax.Array:
-        name, inverse = _SIDES[config.form][side]
-        stages = stages_of(config, x.shape[-1])
-        return butterfly.rotate(x, params[f"{name}_angles"], stages, inverse=inverse, expert=expert)
-
-    def bias(name: str, like: jax.Array) -> jax.Array:
-        return params[name].reshape((1,) * (like.ndim - 1) + (-1,))
-
-    up, down = _prototypes(config, params)
-    h = turn(1, turn(0, x) @ up)
-    if down is None:
-        return h
-    y = turn(3, turn(2, nn.gelu(h + bias("up_bias", h))) @ down)
-    return y + bias("down_bias", y)
+def _choose_fused(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dict[str, Experts]:
+    try:
+        cuts = [_cut(config, x_TxD, expert_TxK, interpret) for interpret in (False, True)]
+    except UnfitError as error:
+        raise ConfigError(f"model.dispatch = 'fused' cannot run this model: {error}") from None
+    return {name: functools.partial(_fused, config, cut) for name, cut in zip(("tpu", "default"), cuts, strict=True)}
 
 
-def _fused(config: ModelConfig, x_BxTxD: jax.Array, expert_BxTxK: jax.Array, interpret: bool) -> Experts:
-    """Returns the `fused` path for arrays of these shapes.
+def _choose(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dict[str, Experts]:
+    paths = _choose_blocks(config, x_TxD, expert_TxK)
+    if expert_TxK.size <= _FEW_ROWS:
+        paths["cpu"] = functools.partial(_by_rows, config)
+    with contextlib.suppress(UnfitError):
+        paths["tpu"] = functools.partial(_fused, config, _cut(config, x_TxD, expert_TxK, interpret=False))
+    return paths
 
-    Raises:
-        UnfitError: if the kernels cannot run them.
-    """
+
+_PATHS = {"rows": _choose_rows, "blocks": _choose_blocks, "fused": _choose_fused, "auto": _choose}
+"""By the values of `ModelConfig.dispatch`, what returns the paths by platform for rows like those given."""
+
+
+def _by_rows(config: ModelConfig, params: Params, x_TxD: jax.Array, expert_TxK: jax.Array) -> jax.Array:
+    # Flat: XLA would transpose the gradients of products over several axes, which takes longer than the products.
+    x_NxD, expert_N = jnp.repeat(x_TxD, config.top_k, axis=0), expert_TxK.reshape(-1)
+
+    def turn(side: Side, x_NxD: jax.Array) -> jax.Array:
+        angles = params[f"{side.name}_angles"]
+        return butterfly.rotate(x_NxD, angles, side.stages, inverse=side.inverse, expert=expert_N)
+
+    for number, layer in enumerate(_layers(config, params)):
+        h_NxO = turn(layer.before, nn.gelu(x_NxD) if number else x_NxD) @ layer.weights_DxO
+        x_NxD = turn(layer.after, h_NxO) + layer.bias_O.reshape(1, -1)
+    return x_NxD.reshape(*expert_TxK.shape, -1)
+
+
+def _by_blocks(
+    config: ModelConfig, block: int, tile: int, params: Params, x_TxD: jax.Array, expert_TxK: jax.Array
+) -> jax.Array:
+    grouping = dispatch.group(expert_TxK.reshape(-1), config.num_experts, block, tile)
+    layers = _layers(config, params)
+    rotations = tuple(
+        (_rotation(layer.before, layer.weights_DxO.shape[0]), _rotation(layer.after, layer.weights_DxO.shape[1]))
+        for layer in layers
+    )
+    of_layers = [
+        blocks.Layer(
+            params[f"{layer.before.name}_angles"],
+            layer.weights_DxO,
+            params[f"{layer.after.name}_angles"],
+            layer.bias_O,
+        )
+        for layer in layers
+    ]
+    y_SxF = blocks.apply(rotations, dispatch.to_slots(x_TxD, grouping, config.top_k), of_layers, grouping)
+    return dispatch.to_rows(y_SxF, grouping).reshape(*expert_TxK.shape, -1)
+
+
+def _rotation(side: Side, dim: int) -> blocks.Rotation:
+    return blocks.Rotation(block_rotation.make_plan(side.stages, dim), side.inverse)
+
+
+def _cut(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array, interpret: bool) -> Cut:
     if config.form == "reference":
         raise UnfitError("form = reference: the fused kernels need separate or tied")
-    sides = tuple(
-        Side(name, stages_of(config, dim), inverse)
-        for (name, inverse), dim in zip(
-            _SIDES[config.form], (config.d_model, config.d_ff, config.d_ff, config.d_model), strict=True
-        )
-    )
-    cut = choose(sides, config.d_model, config.d_ff, expert_BxTxK.size, config.num_experts, x_BxTxD.dtype, interpret)
-
-    def apply(params: Params, x_BxTxD: jax.Array, expert_BxTxK: jax.Array) -> jax.Array:
-        up, down = _prototypes(config, params)
-        angles = {side.name: params[f"{side.name}_angles"] for side in sides}
-        weights = ffn.Weights(up, params["up_bias"], down, params["down_bias"])
-        expert_TxK = expert_BxTxK.reshape(-1, config.top_k)
-        y_TxKxD = fused.apply(cut, _tokens(x_BxTxD), expert_TxK, angles, weights)
-        return y_TxKxD.reshape(*expert_BxTxK.shape, -1)
-
-    return apply
+    sides = tuple(side for around in _sides(config) for side in around)
+    return choose(sides, config.d_model, config.d_ff, expert_TxK.size, config.num_experts, x_TxD.dtype, interpret)
 
 
-def _prototypes(config: ModelConfig, params: Params) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the matrices of the two products; `reference` has one."""
-    if config.form == "separate":
-        return params["up_prototype"], params["down_prototype"]
-    return params["prototype"], params["prototype"].T if config.form == "tied" else None
+def _fused(config: ModelConfig, cut: Cut, params: Params, x_TxD: jax.Array, expert_TxK: jax.Array) -> jax.Array:
+    up, down = _layers(config, params)
+    angles = {side.name: params[f"{side.name}_angles"] for side in (up.before, up.after, down.before, down.after)}
+    weights = Weights(up.weights_DxO, up.bias_O, down.weights_DxO, down.bias_O)
+    return fused.apply(cut, x_TxD, expert_TxK, angles, weights)
 
 
-def _tokens(x_BxTxD: jax.Array) -> jax.Array:
-    return x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+def _sides(config: ModelConfig) -> list[tuple[Side, Side]]:
+    """Lists the rotations before and after each product; those before it turn back, but in `reference`."""
+    narrow, wide = stages_of(config, config.d_model), stages_of(config, config.d_ff)
+    inverse = config.form != "reference"
+    return [
+        (Side(names.before, inputs, inverse), Side(names.after, outputs, False))
+        for names, (inputs, outputs) in zip(_FORMS[config.form], ((narrow, wide), (wide, narrow)), strict=False)
+    ]
+
+
+def _layers(config: ModelConfig, params: Params) -> list[_Layer]:
+    """Sets the parameters of the layers beside their rotations."""
+    layers = []
+    for number, (names, (before, after)) in enumerate(zip(_FORMS[config.form], _sides(config), strict=True)):
+        weights = params[names.weights]
+        weights = weights.T if number and config.form == "tied" else weights
+        bias = params[names.bias] if names.bias else jnp.zeros(weights.shape[1], weights.dtype)
+        layers.append(_Layer(before, weights, after, bias))
+    return layers

@@ -41,8 +41,8 @@ class Side(NamedTuple):
     inverse: bool
 
 
-Sides = tuple[Side, Side, Side, Side]
-"""Before the first product and after it, before the second and after it."""
+Sides = tuple[Side, ...]
+"""Four: before the first product and after it, before the second and after it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -255,7 +255,7 @@ class _Call:
         products: int,
     ) -> Any:
         """Runs `kernel`; `scratch` lists channels and dtype of its buffers of one tile."""
-        arrays = [array for array, _ in (*inputs, *outputs)]
+        arrays: list[Any] = [array for array, _ in (*inputs, *outputs)]
         spec = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=self.grid,

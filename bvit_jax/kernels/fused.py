@@ -35,8 +35,8 @@ def apply(cut: Cut, x_TxD: jax.Array, expert_TxK: jax.Array, angles: Angles, wei
     grouping = dispatch.group(expert_TxK.reshape(-1), num_experts, BLOCK, cut.plan.tile, cut.plan.chunk)
     x_SxD = dispatch.to_slots(x_TxD, grouping, copies=top_k)
     strips = [_on_slots(cut, grouping, x_SxD, *strip) for strip in strips_of(cut, angles, weights)]
-    y_SxD = strips[0] if len(strips) == 1 else sum(strip.astype(jnp.float32) for strip in strips).astype(x_TxD.dtype)
-    return dispatch.to_rows(y_SxD, grouping).reshape(*expert_TxK.shape, -1)
+    y_SxD = functools.reduce(jnp.add, (strip.astype(jnp.float32) for strip in strips)) if len(strips) > 1 else strips[0]
+    return dispatch.to_rows(y_SxD.astype(x_TxD.dtype), grouping).reshape(*expert_TxK.shape, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
