@@ -118,7 +118,7 @@ def _take_rows(slots_SxD: jax.Array, grouping: Grouping) -> jax.Array:
 
 def _give_back_to_tokens(copies: int, grouping: Grouping, d_slots_SxD: jax.Array) -> tuple[jax.Array, None]:
     d_rows_NxD = _take_rows(d_slots_SxD, grouping)
-    dtype = jnp.promote_types(d_slots_SxD.dtype, jnp.float32)
+    dtype = np.promote_types(d_slots_SxD.dtype, np.float32)
     d_tokens = d_rows_NxD.reshape(-1, copies, d_rows_NxD.shape[-1]).sum(axis=1, dtype=dtype)
     return d_tokens.astype(d_slots_SxD.dtype), None
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bvit_jax import bench
 from bvit_jax.compiled import Row
 from bvit_jax.scaling import Point, by_variant, growth
 from bvit_jax.sweep import Summary
@@ -57,6 +58,21 @@ def compile_plot(rows: Sequence[Row], title: str, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     height = 1.0 + 3.0 * len({row.case.topology for row in rows})
     return _draw(path, partial(_compiled, rows=rows, title=title), size=(8.0, height))
+
+
+def bench_plot(rows: Sequence[bench.Row], title: str, path: Path) -> Path:
+    """Draws time relative to a dense layer against experts, a panel a job and size, at the largest top-k of each.
+
+    Args:
+        rows: of any groups.
+        title: of the picture.
+        path: where to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    groups = {row.case.group[:2]: row.case.group for row in sorted(rows, key=lambda row: row.case.top_k)}
+    panels = [[row for row in rows if row.case.group == group] for group in groups.values()]
+    size = (4.0 * min(len(panels), 3), 1.6 + 3.0 * -(-len(panels) // 3))
+    return _draw(path, partial(_timed, panels=panels, title=title), size=size, legend=False)
 
 
 def _draw(path: Path, draw: Callable[[Figure], None], size: tuple[float, float] = _SIZE, legend: bool = True) -> Path:
@@ -220,3 +236,42 @@ def _compiled_line(
     if hollow:
         numbers, tops = zip(*hollow, strict=True)
         axes.plot(numbers, tops, marker=style["marker"], color=style["color"], mfc="white", linestyle="", zorder=3)
+
+
+def _timed(figure: Figure, panels: Sequence[Sequence[bench.Row]], title: str) -> None:
+    across = min(len(panels), 3)
+    for index, rows in enumerate(panels):
+        _timed_panel(figure.add_subplot(-(-len(panels) // across), across, index + 1), rows)
+    every = [axes.get_legend_handles_labels() for axes in figure.axes]
+    named = {label: handle for handles, labels in every for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=across + 1, fontsize=8)
+    figure.supylabel("time over that of the dense layer", fontsize=9)
+    figure.suptitle(f"{title}; bars: quartiles", fontsize=9)
+
+
+def _timed_panel(axes: Axes, rows: Sequence[bench.Row]) -> None:
+    """Draws one group: a line a variant, and dense layers as levels."""
+    little = min((row.case.stages for row in rows if row.case.stages), default=None)
+    colours = {dispatch: _COLOURS[index + 1] for index, dispatch in enumerate((None, *bench.DISPATCHES))}
+    lines: dict[str, list[bench.Row]] = {}
+    for row in rows:
+        if row.relative is not None and row.case.stages in (None, little):
+            lines.setdefault(row.case.name, []).append(row)
+    for name, line in lines.items():
+        case = line[0].case
+        if case.family == "dense":
+            label = name if case.copies == 1 else f"{name} (floor)"
+            axes.axhline(line[0].relative or 0, color="0.3", linestyle="--" if case.copies == 1 else ":", label=label)
+            continue
+        marks, linestyle = ("^", ":") if case.form == "tied" else ("o", "-")
+        style: dict[str, Any] = {"color": colours[case.dispatch], "marker": marks, "linestyle": linestyle}
+        middle, lower, upper = (
+            np.array([getattr(row, f"{at}_ms") for row in line]) for at in ("median", "lower", "upper")
+        )
+        scale = np.array([row.relative for row in line]) / middle
+        bars = np.stack([middle - lower, upper - middle]) * scale
+        experts = [row.case.num_experts for row in line]
+        axes.errorbar(experts, middle * scale, bars, markersize=4, capsize=2, label=name, **style)
+    _expert_axis(axes, (row.case.num_experts for row in rows if row.case.family != "dense"))
+    axes.set_ylim(bottom=0)
+    axes.set_title("{}, {}, top-{}".format(*rows[0].case.group), fontsize=9)

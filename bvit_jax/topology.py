@@ -93,12 +93,17 @@ def compile_step(config: Config, topology: str, step: Step, layout: Layout = sha
 
 
 def build(config: Config, placement: Placement, step: Step) -> jax.stages.Compiled:
-    """Compiles a step for a placement, and keeps it out of JAX's cache: without a TPU it could not be read back."""
+    """Compiles a step for a placement."""
+    return compile_uncached(lower(config, placement, step))
+
+
+def compile_uncached(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program for a TPU, and keeps it out of JAX's cache: without a TPU it could not be read back."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, math.inf)
     try:
-        return lower(config, placement, step).compile()
+        return lowered.compile()
     finally:
         jax.config.update(name, before)
 

@@ -1,6 +1,7 @@
 """Settings of the whole test suite, made before JAX starts."""
 
 import contextlib
+import math
 import os
 import pickle
 import subprocess
@@ -98,6 +99,16 @@ def _keep(module: str, name: str, path: str) -> None:
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """Keeps programs for TPUs out of the cache: without a TPU they could not be read back."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture(autouse=True)

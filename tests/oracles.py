@@ -83,6 +83,43 @@ def rotation_matrix(dim: int, num_stages: int, order: str, angles: Array) -> Arr
     return matrix
 
 
+def stage_matrices(dim: int, num_stages: int, order: str, angles: Array) -> list[tuple[Array, Array, Array]]:
+    """The matrix of each stage, and the first and second channels of its pairs."""
+    stages, start = [], 0
+    for pairs in stage_pairs(dim, num_stages, order):
+        i, j = np.array(pairs).T
+        angle = angles[start : start + len(pairs)]
+        matrix = np.eye(dim)
+        matrix[i, i] = matrix[j, j] = np.cos(angle)
+        matrix[i, j], matrix[j, i] = -np.sin(angle), np.sin(angle)
+        stages.append((matrix, i, j))
+        start += len(pairs)
+    assert start == len(angles)
+    return stages
+
+
+def rotate_back_propagated(
+    x_RxD: Array, num_stages: int, order: str, angles: Array, inverse: bool
+) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    """Rows turned by dense stages, and what gives from their cotangents those of the rows and of the angles."""
+    stages = stage_matrices(x_RxD.shape[1], num_stages, order, angles)
+    kept = []
+    for matrix, _, _ in reversed(stages) if inverse else stages:
+        kept.append(x_RxD)
+        x_RxD = x_RxD @ (matrix if inverse else matrix.T)
+
+    def pull(dy_RxD: Array) -> tuple[Array, Array]:
+        d_angles = []
+        for (matrix, i, j), x in zip(stages if inverse else stages[::-1], reversed(kept), strict=True):
+            d_matrix = x.T @ dy_RxD if inverse else dy_RxD.T @ x
+            cos, sin = matrix[i, i], matrix[j, i]
+            d_angles.append(cos * (d_matrix[j, i] - d_matrix[i, j]) - sin * (d_matrix[i, i] + d_matrix[j, j]))
+            dy_RxD = dy_RxD @ (matrix.T if inverse else matrix)
+        return dy_RxD, np.concatenate(d_angles if inverse else d_angles[::-1])
+
+    return x_RxD, pull
+
+
 # Ternary quantiser
 
 
@@ -211,6 +248,12 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def gelu_slope(x: Array) -> Array:
+    tanh = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
+    return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * inner
+
+
 def dense_mlp(params: Any, x_BxTxD: Array) -> Array:
     def token(x: Array) -> Array:
         h = gelu(params["up"]["kernel"].T @ x + params["up"]["bias"])
@@ -262,6 +305,55 @@ def butterfly_moe(params: Any, x_BxTxD: Array, *, form: str, top_k: int, num_sta
         return sum(gate * (down[e] @ gelu(up[e] @ x + params["up_bias"]) + params["down_bias"]) for e, gate in chosen)
 
     return _by_token(token, x_BxTxD)
+
+
+class Side(NamedTuple):
+    """One of the four rotations of a rotated FFN: the name of its angles, depth, order, and whether it turns back."""
+
+    name: str
+    num_stages: int
+    order: str
+    inverse: bool
+
+
+def rotated_ffn(
+    sides: list[Side], x_TxD: Array, expert_TxK: Array, angles: dict[str, Array], weights: list[Array], dy_TxKxD: Array
+) -> tuple[Array, Array, dict[str, Array], list[Array]]:
+    """Outputs (T, K, D) of each token's experts, and gradients of tokens, angles (E, A) and weights.
+
+    Weights are up (D, F) and down (F, D), to be multiplied from the right, and their biases: up, bias, down, bias.
+    """
+    up, up_bias, down, down_bias = weights
+    y_TxKxD, dx_TxD = np.zeros_like(dy_TxKxD), np.zeros_like(x_TxD)
+    d_angles = {name: np.zeros_like(table) for name, table in angles.items()}
+    d_weights = [np.zeros_like(array) for array in weights]
+    for expert in sorted(set(expert_TxK.flatten().tolist())):
+        token, choice = np.nonzero(expert_TxK == expert)
+
+        def turn(side: Side, x: Array, expert: int = expert) -> tuple[Array, Callable[[Array], Array]]:
+            _, num_stages, order, inverse = side
+            y, pull = rotate_back_propagated(x, num_stages, order, angles[side.name][expert], inverse)
+
+            def pull_rows(d_outputs: Array) -> Array:
+                d_inputs, d = pull(d_outputs)
+                d_angles[side.name][expert] += d
+                return d_inputs
+
+            return y, pull_rows
+
+        u, pull_u = turn(sides[0], x_TxD[token])
+        h, pull_h = turn(sides[1], u @ up)
+        v, pull_v = turn(sides[2], gelu(h + up_bias))
+        y, pull_y = turn(sides[3], v @ down)
+        y_TxKxD[token, choice] = y + down_bias
+        dy = dy_TxKxD[token, choice]
+        dz = pull_y(dy)
+        dh = pull_v(dz @ down.T) * gelu_slope(h + up_bias)
+        dg = pull_h(dh)
+        np.add.at(dx_TxD, token, pull_u(dg @ up.T))
+        for total, part in zip(d_weights, (u.T @ dg, dh.sum(axis=0), v.T @ dz, dy.sum(axis=0)), strict=True):
+            total += part
+    return y_TxKxD, dx_TxD, d_angles, d_weights
 
 
 def _by_token(function: Callable[[Array], Array], x_BxTxD: Array) -> Array:

@@ -11,7 +11,7 @@ from bvit_jax import dispatch
 
 # Compiling costs more here than running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-group = jit(dispatch.group, static_argnames=("num_experts", "block"))
+group = jit(dispatch.group, static_argnames=("num_experts", "block", "tile", "chunk"))
 BLOCKS = (0, 1, 4, 16)
 
 
@@ -74,6 +74,71 @@ def test_grouping_hand_computed() -> None:
     np.testing.assert_array_equal(dispatch.group(jnp.array([2, 0, 2, 2, 0]), 3).slot_N, [2, 0, 3, 4, 1])
 
 
+# Tiles and chunks
+
+
+def check_chunks(expert_N: np.ndarray, num_experts: int, block: int, tile: int, chunk: int) -> None:
+    grouping = jax.tree.map(np.asarray, group(expert_N, num_experts, block, tile, chunk))
+    slot_N, row_S, expert_S, sizes_E = grouping.slot_N, grouping.row_S, grouping.expert_S, grouping.sizes_E
+    num_rows, num_slots = len(expert_N), len(row_S)
+    assert (grouping.block, grouping.tile, grouping.chunk) == (block, tile, chunk or num_experts)
+    chunk = chunk or num_experts
+    # No row overflows the slots, shares a slot or is lost; experts in order, and rows in order within each.
+    used = sizes_E.sum()
+    assert 0 <= slot_N.min() <= slot_N.max() < used <= num_slots
+    np.testing.assert_array_equal(row_S[slot_N], np.arange(num_rows))
+    assert (row_S == num_rows).sum() == num_slots - num_rows
+    np.testing.assert_array_equal(np.argsort(slot_N), np.argsort(expert_N, kind="stable"))
+    # Slots are of the experts that `sizes_E` says, and of the rows' experts.
+    np.testing.assert_array_equal(expert_S[:used], np.repeat(np.arange(num_experts), sizes_E))
+    np.testing.assert_array_equal(expert_S[used:], num_experts - 1)
+    np.testing.assert_array_equal(expert_S[slot_N], expert_N)
+    # Every block belongs to one expert, every tile to one chunk, and whole tiles fill the slots.
+    assert num_slots % tile == used % tile == 0
+    assert (sizes_E % block == 0).all()
+    assert (expert_S.reshape(-1, block) == expert_S[::block, None]).all()
+    chunk_S = expert_S // chunk
+    assert (chunk_S.reshape(-1, tile) == chunk_S[::tile, None]).all()
+    # No slot is wasted: a chunk without rows has none, another the blocks of its experts to the next tile.
+    blocks = np.ceil(np.bincount(expert_N, minlength=num_experts) / block) * block
+    for start in range(0, num_experts, chunk):
+        own = slice(start, start + chunk)
+        assert sizes_E[own].sum() == np.ceil(blocks[own].sum() / tile) * tile
+        np.testing.assert_array_equal(sizes_E[own][:-1], blocks[own][:-1])
+
+
+@given(assignments(), st.sampled_from([(1, 4), (2, 4), (4, 4), (2, 6)]), st.integers(0, 9))
+@settings(max_examples=25, deadline=None)
+def test_chunks_fill_whole_tiles(case: tuple[np.ndarray, int], heights: tuple[int, int], chunk: int) -> None:
+    check_chunks(*case, *heights, min(chunk, case[1]))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_rows", [1, 5, 12])
+def test_worst_cases_of_chunks_fit(num_rows: int, chunk: int) -> None:
+    # As many chunks as can have rows, each with one row more than fills its tiles.
+    spread = np.arange(num_rows, dtype=np.int32) * max(chunk, 1) % 4
+    for expert_N in (spread, np.sort(spread)[::-1], np.minimum(np.arange(num_rows), 3), np.zeros(num_rows, int)):
+        check_chunks(expert_N.astype(np.int32), 4, 2, 6, chunk)
+
+
+def test_chunks_hand_computed() -> None:
+    # Experts 0 1 | 2 3 | 4, blocks of 2, tiles of 4. Expert 1 has rows 1, 3, 4: 4 slots, a tile. Expert 4 has rows 0
+    # and 2: 2 slots, and 2 more to fill its tile. Slots: (5 + 5 * (2 - 1) + 3 * (4 - 2)) // 4 * 4 = 16.
+    grouping = dispatch.group(jnp.array([4, 1, 4, 1, 1]), 5, block=2, tile=4, chunk=2)
+    np.testing.assert_array_equal(grouping.sizes_E, [0, 4, 0, 0, 4])
+    np.testing.assert_array_equal(grouping.slot_N, [4, 0, 5, 1, 2])
+    np.testing.assert_array_equal(grouping.row_S, [1, 3, 4, 5, 0, 2] + [5] * 10)
+    np.testing.assert_array_equal(grouping.expert_S, [1] * 4 + [4] * 12)
+    # A tile is not filled by the rows of the next chunk: expert 0's row has one of its own, filled by expert 1.
+    grouping = dispatch.group(jnp.array([0, 2]), 4, block=2, tile=4, chunk=2)
+    np.testing.assert_array_equal(grouping.sizes_E, [2, 2, 2, 2])
+    np.testing.assert_array_equal(grouping.slot_N, [0, 4])
+
+
+# Rows and slots
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_rows_go_to_slots_and_back(block: int, key: jax.Array) -> None:
     grouping = group(jnp.array([3, 1, 1, 3, 0, 3, 1]), 5, block)
@@ -83,6 +148,67 @@ def test_rows_go_to_slots_and_back(block: int, key: jax.Array) -> None:
     empty = np.asarray(grouping.row_S) == 7
     np.testing.assert_array_equal(slots[empty], np.zeros((empty.sum(), 2)))
     assert np.count_nonzero(slots) == rows.size
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_copies_of_a_token_go_to_the_slots_of_its_experts(copies: int, key: jax.Array) -> None:
+    expert_N = jnp.array([3, 1, 1, 3, 0, 3, 1, 2, 0, 4, 3, 0][: 4 * copies])
+    grouping = group(expert_N, 5, 2, 4, 2)
+    tokens = jax.random.normal(key, (4, 3))
+    slots = dispatch.to_slots(tokens, grouping, copies)
+    np.testing.assert_array_equal(slots, dispatch.to_slots(jnp.repeat(tokens, copies, axis=0), grouping))
+    np.testing.assert_array_equal(dispatch.to_rows(slots, grouping), jnp.repeat(tokens, copies, axis=0))
+    assert not np.asarray(slots)[np.asarray(grouping.row_S) == 4 * copies].any()
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+@pytest.mark.parametrize("heights", [(0, 0, 0), (4, 0, 0), (2, 4, 2)])
+def test_gradients_of_moves_equal_those_of_indexing(heights: tuple[int, int, int], copies: int, key: jax.Array) -> None:
+    grouping = group(jnp.array([3, 1, 1, 3, 0, 3, 1, 2, 0, 4, 3, 0][: 4 * copies]), 5, *heights)
+    num_rows, num_slots = 4 * copies, grouping.row_S.shape[0]
+    tokens, slots, d_slots = (jax.random.normal(key, (n, 3)) for n in (4, num_slots, num_slots))
+    token_S = np.minimum(np.asarray(grouping.row_S) // copies, 3)
+    holds = (np.asarray(grouping.row_S) < num_rows)[:, None].astype(np.float32)
+    expected = jax.vjp(lambda x: x[token_S] * holds, tokens)[1](d_slots)[0]
+    np.testing.assert_allclose(
+        jax.vjp(lambda x: dispatch.to_slots(x, grouping, copies), tokens)[1](d_slots)[0], expected, atol=1e-6
+    )
+    expected = jax.vjp(lambda x: x[grouping.slot_N], slots)[1](d_slots[:num_rows])[0]
+    moved = jax.vjp(lambda x: dispatch.to_rows(x, grouping), slots)[1](d_slots[:num_rows])[0]
+    np.testing.assert_array_equal(moved, expected)
+
+
+def summed_copies() -> jax.Array:
+    grouping = group(jnp.array([0, 1, 2, 3]), 4, 2)
+    values = jnp.array([256, 1, 1, 1], jnp.bfloat16)  # steps of 2 at 256: rounded each time, nothing would be added
+    d_slots = jnp.zeros((grouping.row_S.shape[0], 1), jnp.bfloat16).at[grouping.slot_N, 0].set(values)
+    (d_tokens,) = jax.vjp(lambda x: dispatch.to_slots(x, grouping, 4), jnp.zeros((1, 1), jnp.bfloat16))[1](d_slots)
+    return d_tokens
+
+
+def test_gradients_of_copies_are_summed_in_float32() -> None:
+    with jax.numpy_dtype_promotion("standard"):
+        d_tokens = summed_copies()
+    assert d_tokens.dtype == jnp.bfloat16
+    assert float(d_tokens[0, 0]) == 260  # 259, halves to even
+
+
+@pytest.mark.xfail(reason="jnp.promote_types heeds strict promotion; np.promote_types would not", strict=True)
+def test_gradients_of_copies_keep_to_strict_promotion() -> None:
+    summed_copies()
+
+
+def test_moves_and_their_gradients_scatter_nothing() -> None:
+    grouping = group(jnp.array([3, 1, 1, 3, 0, 3]), 5, 2, 4, 2)
+
+    def there_and_back(x: jax.Array) -> jax.Array:
+        return (dispatch.to_rows(dispatch.to_slots(x, grouping, 2), grouping) ** 2).sum()
+
+    text = str(jax.make_jaxpr(jax.value_and_grad(there_and_back))(jnp.ones((3, 2))))
+    assert "scatter" not in text
+    assert text.count("gather[") == 4
+    # Plain indexing does, so the word is the right one to look for.
+    assert "scatter" in str(jax.make_jaxpr(jax.grad(lambda x: (x[grouping.slot_N] ** 2).sum()))(jnp.ones((16, 2))))
 
 
 CASES = {

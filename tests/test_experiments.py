@@ -79,7 +79,7 @@ def test_a_config_without_a_sweep_is_refused(tmp_path):
 
 
 def test_help_says_how_to_start():
-    for name in ("train", "sweep", "export", "evaluate", "predict", "memory", "compile_tpu"):
+    for name in ("train", "sweep", "export", "evaluate", "predict", "memory", "compile_tpu", "bench"):
         shown = start(f"experiments.{name}", "--help").stdout
         assert f"python -m experiments.{name}" in shown
         assert "--workdir" in shown or "--model" in shown or "--out" in shown
@@ -188,6 +188,46 @@ def test_compile_tpu_writes_its_report_and_goes_on(tmp_path):
 )
 def test_compile_tpu_refuses_what_cannot_be_compiled(tmp_path, flags, message):
     run = start("experiments.compile_tpu", "--config=configs/digits.py", f"--out={tmp_path / 'out'}", *flags)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench_times_compiles_writes_its_report_and_goes_on(tmp_path):
+    flags = ["--quick", "--experts=4", "--jobs=layer forward", "--tpu_sizes=tiny", f"--out={tmp_path}"]
+    run = start("experiments.bench", *flags)
+    assert run.returncode == 0, run.stderr
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "bench.csv").read_text())))
+    timed = [row for row in rows if row["dispatch"] != "fused"]
+    assert {row["status"] for row in timed} == {"ok"}
+    assert {row["status"] for row in rows if row["dispatch"] == "fused"} == {"not on CPU"}
+    assert {row["name"] for row in timed} >= {"dense", "dense x 2", "standard", "butterfly rows separate"}
+    assert all(float(row["lower_ms"]) <= float(row["median_ms"]) <= float(row["upper_ms"]) for row in timed)
+    compiled = list(csv.DictReader(io.StringIO((tmp_path / "compiled.csv").read_text())))
+    assert int(compiled[0]["hbm_bytes"]) > 0
+    assert "layer forward, tiny, top-2: d_model 64, d_ff 128, 2,040 tokens" in run.stdout
+    assert "butterfly over standard" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "plots" / "bench.png").exists()
+    again = start("experiments.bench", *flags)
+    assert again.returncode == 0
+    assert list(csv.DictReader(io.StringIO((tmp_path / "bench.csv").read_text()))) == rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sizes=tiny,huge"], "sizes = 'huge': it must be tiny or small or paper"),
+        (["--tpu_sizes=huge"], "tpu_sizes = 'huge': it must be tiny or small or paper"),
+        (["--jobs=train"], "jobs = 'train': it must be layer forward or layer forward+backward or train step"),
+        (["--experts=0"], "experts = '0': it must be numbers from 1"),
+        (["--top_k=x"], "top_k = 'x': it must be numbers from 1"),
+        (["--top_k=65", "--experts=64"], "top_k = '65': it must be at most the experts, 64"),
+        (["--repetitions=0"], "repetitions = 0: it must be at least 1"),
+        (["--out=/proc/nowhere"], "out = '/proc/nowhere': it must be a directory that can be written to"),
+    ],
+)
+def test_bench_refuses_what_cannot_be_timed(tmp_path, flags, message):
+    run = start("experiments.bench", "--quick", "--notpu", f"--out={tmp_path / 'out'}", *flags)
     assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
