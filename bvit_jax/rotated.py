@@ -100,8 +100,8 @@ def _choose_rows(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -
 
 
 def _choose_blocks(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dict[str, Experts]:
-    num_rows = -(-expert_TxK.size // _BLOCK) * _BLOCK
-    tile = min(max(_TILE_NUMBERS // config.d_ff, 1) * _BLOCK, num_rows)
+    most = -(-expert_TxK.size // _BLOCK) * _BLOCK
+    tile = min(max(_TILE_NUMBERS // (_BLOCK * config.d_ff), 1) * _BLOCK, most)
     return {
         "cpu": functools.partial(_by_blocks, config, _CPU_BLOCK, _CPU_TILE),
         "default": functools.partial(_by_blocks, config, _BLOCK, tile),
