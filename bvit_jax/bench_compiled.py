@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bvit_jax import bench, hlo, sharding, topology
+from bvit_jax import bench, blocks, hlo, sharding, topology
 from bvit_jax.bench import Case, Job
 from bvit_jax.config import Config
 from bvit_jax.model_config import Form
@@ -149,7 +149,7 @@ def _read(program: jax.stages.Compiled) -> dict[str, Any]:
     memory: Any = program.memory_analysis()
     cost: Any = program.cost_analysis()
     text = str(program.as_text())
-    found = hlo.read(text)
+    found = hlo.read(text, at_most=blocks.AT_MOST_SCOPE)
     return {
         "hbm_bytes": found.hbm_bytes,
         "accessed_bytes": float(cost["bytes accessed"]),

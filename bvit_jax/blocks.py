@@ -12,7 +12,7 @@ outputs of a layer, E experts, A angles of one rotation.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from bvit_jax import block_rotation, butterfly
 from bvit_jax.block_rotation import Plan, Table
 from bvit_jax.dispatch import Grouping
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Layer(NamedTuple):
     bias_O: jax.Array
 
 
+AT_MOST_SCOPE = "tiles_at_most_"
+"""Loops are in scopes that so begin and go on with the number of tiles that there may be."""
 Rotations = tuple[tuple[Rotation, Rotation], ...]
 """Of each layer, before and after its product."""
 
@@ -108,7 +112,7 @@ def _forward(rotations: Rotations, x_SxD: jax.Array, layers: list[Layer], groupi
 
     widths = [layer.weights_DxO.shape[1] for layer in layers]
     kept = [jax.lax.empty((x_SxD.shape[0], width), x_SxD.dtype) for width in (*widths, widths[-1])]
-    *products, y_SxO = jax.lax.fori_loop(0, _tiles_in_use(grouping), step, kept)
+    *products, y_SxO = _each_tile(grouping, step, kept)
     return y_SxO, (x_SxD, layers, grouping, tables, products)
 
 
@@ -141,9 +145,7 @@ def _backward(rotations: Rotations, saved: Any, dy_SxO: jax.Array) -> tuple[jax.
             (dy_PxbxO,) = pull(da_PxbxD)
         return tile.put(dx_SxD, _rows(dy_PxbxO)), d_layers
 
-    dx_SxD, d_layers = jax.lax.fori_loop(
-        0, _tiles_in_use(grouping), step, (jax.lax.empty(x_SxD.shape, x_SxD.dtype), _zeros(layers))
-    )
+    dx_SxD, d_layers = _each_tile(grouping, step, (jax.lax.empty(x_SxD.shape, x_SxD.dtype), _zeros(layers)))
     d_layers = [
         d._replace(weights_DxO=_upright(d.weights_DxO, layer)) for d, layer in zip(d_layers, layers, strict=True)
     ]
@@ -203,8 +205,10 @@ class _Tile(NamedTuple):
         return place.add(by_block_PxA, indices_are_sorted=True, mode="promise_in_bounds")
 
 
-def _tiles_in_use(grouping: Grouping) -> jax.Array:
-    return grouping.sizes_E.sum() // grouping.tile
+def _each_tile(grouping: Grouping, step: Callable[[jax.Array, T], T], start: T) -> T:
+    """Runs `step` over the tiles in use."""
+    with jax.named_scope(f"{AT_MOST_SCOPE}{grouping.row_S.shape[0] // grouping.tile}"):
+        return jax.lax.fori_loop(0, grouping.sizes_E.sum() // grouping.tile, step, start)
 
 
 def _activation(number: int) -> Callable[[jax.Array], jax.Array]:

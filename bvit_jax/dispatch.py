@@ -33,7 +33,7 @@ class Grouping:
         slot_N: int32 (N,), the slot of each row; no two rows share one.
         row_S: int32 (S,), the row of each slot; N for a slot that holds none.
         expert_S: int32 (S,), the expert of each slot.
-        sizes_E: int32 (E,), slots of each expert (`ragged`).
+        sizes_E: int32 (E,), slots of each expert, padding included.
         block: height of a block, 0 for the other paths.
         tile: rows of a tile of a kernel, 0 for the other paths.
         chunk: experts of a chunk, whose rows fill whole tiles.
@@ -93,7 +93,7 @@ def _most_slots(num_rows: int, num_experts: int, block: int, tile: int, chunk: i
 
 
 def to_slots(x_TxD: jax.Array, grouping: Grouping, copies: int = 1) -> jax.Array:
-    """Moves rows to their slots, (S, D); slots without a row are zero.
+    """Moves rows to their slots, (S, D); slots without a row hold any other's.
 
     Args:
         x_TxD: N / copies tokens; a token's copies are rows that follow each other.
@@ -104,12 +104,12 @@ def to_slots(x_TxD: jax.Array, grouping: Grouping, copies: int = 1) -> jax.Array
 
 
 def to_rows(slots_SxD: jax.Array, grouping: Grouping) -> jax.Array:
-    """Moves slots back to their rows, (N, D)."""
+    """Moves slots back to their rows, (N, D). Slots without a row get no gradient."""
     return _to_rows(slots_SxD, grouping)
 
 
 def _take_slots(x_TxD: jax.Array, grouping: Grouping, copies: int) -> jax.Array:
-    return jnp.take(x_TxD, grouping.row_S // copies, axis=0, mode="fill", fill_value=0)
+    return jnp.take(x_TxD, grouping.row_S // copies, axis=0, mode="clip")
 
 
 def _take_rows(slots_SxD: jax.Array, grouping: Grouping) -> jax.Array:
@@ -129,7 +129,7 @@ _to_slots.defvjp(lambda x, grouping, copies: (_take_slots(x, grouping, copies), 
 _to_rows = jax.custom_vjp(_take_rows)
 _to_rows.defvjp(
     lambda slots, grouping: (_take_rows(slots, grouping), grouping),
-    lambda grouping, d_rows: (_take_slots(d_rows, grouping, 1), None),
+    lambda grouping, d_rows: (jnp.take(d_rows, grouping.row_S, axis=0, mode="fill", fill_value=0), None),
 )
 
 

@@ -75,13 +75,15 @@ class Program:
         return dict(totals)
 
 
-def read(text: str, rare: str = "") -> Program:
+def read(text: str, rare: str = "", at_most: str = "") -> Program:
     """Reads what one run of a compiled program costs one chip.
 
     Args:
         text: the program.
         rare: scope (`jax.named_scope`) of exceptional cases, whose loops are taken not to run: one component of the
             name of a loop, bare or in the brackets of a transformation, `jvp(overflow)`; "" for none.
+        at_most: likewise, how a scope begins that goes on with a number: how often its loops run at most, and are taken
+            to run where the program does not give a number itself; "" for none.
     """
     chips = math.prod(_numbers(" ".join(re.findall(r", (?:num_partitions|replica_count)=\d+", text))))
     computations: dict[str, dict[str, _Op]] = {}  # those called before their callers, the entry last
@@ -97,7 +99,7 @@ def read(text: str, rare: str = "") -> Program:
                     started.add(channel)
                 elif channel in started:
                     part.opcode = "continued"
-    return _cost(list(computations[place].values()), 1, rare)
+    return _cost(list(computations[place].values()), 1, (rare, at_most))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,24 +169,28 @@ def _array(dtype: str, shape: str, order: str, layout: str) -> _Array:
     return _Array(dims, nbytes, padded, _first(r"S\((\d+)\)", layout) in ("", "0"))
 
 
-def _cost(computation: list[_Op], times: int, rare: str) -> Program:
+def _cost(computation: list[_Op], times: int, scopes: tuple[str, str]) -> Program:
     """Returns what so many runs of a computation cost."""
     parts = [Program()]
     for op in computation:
         if op.opcode == "while":
-            if rare not in re.findall(r"[^/();]+", _first(_SCOPE, op.text)):
+            rare, at_most = scopes
+            names = re.findall(r"[^/();]+", _first(_SCOPE, op.text))
+            if rare not in names:
                 trips = _trips(op)
-                parts += [_cost(part, times * (1 if trips is None else trips), rare) for part in op.called]
+                if trips is None and at_most:
+                    trips = next((int(name[len(at_most) :]) for name in names if name.startswith(at_most)), None)
+                parts += [_cost(part, times * (1 if trips is None else trips), scopes) for part in op.called]
                 parts.append(Program(open_loops=int(trips is None)))
         elif op.opcode == "conditional":
-            branches = [vars(_cost(branch, times, rare)).values() for branch in op.called]
+            branches = [vars(_cost(branch, times, scopes)).values() for branch in op.called]
             collectives, *figures = zip(*branches, strict=True)
             most = max(collectives, key=lambda branch: sum(one.bytes * one.times for one in branch))
             parts.append(Program(most, *map(max, figures)))
         elif op.opcode in ("call", "async"):
-            parts.append(_cost(op.called[0], times, rare))
+            parts.append(_cost(op.called[0], times, scopes))
         elif op.opcode == "fusion":
-            parts.append(dataclasses.replace(_cost(op.called[0], times, rare), hbm_bytes=times * _traffic(op)))
+            parts.append(dataclasses.replace(_cost(op.called[0], times, scopes), hbm_bytes=times * _traffic(op)))
         else:
             parts.append(Program(_collective(op, times), times * _flops(op), times * _traffic(op)))
     collectives, *figures = zip(*(vars(part).values() for part in parts), strict=True)

@@ -247,5 +247,8 @@ def _rows(x_BxTxD: jax.Array, top_k: int) -> jax.Array:
 
 def _combine(y_BxTxKxF: jax.Array, routed: routing.Routing) -> jax.Array:
     """Sums the experts' outputs by their gates, in float32; the dtype of `y_BxTxKxF` comes back."""
-    total = jnp.einsum("btkf,btk->btf", y_BxTxKxF, routed.gates_BxTxK, preferred_element_type=jnp.float32)
-    return total.astype(y_BxTxKxF.dtype)
+    gated = (
+        y_BxTxKxF[:, :, choice].astype(jnp.float32) * routed.gates_BxTxK[:, :, choice, None]
+        for choice in range(y_BxTxKxF.shape[2])
+    )
+    return functools.reduce(jnp.add, gated).astype(y_BxTxKxF.dtype)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from bvit_jax import exchange, hlo, sharding, train_step
+from bvit_jax import blocks, exchange, hlo, sharding, train_step
 from bvit_jax.checkpoints import abstract_state
 from bvit_jax.compiled import STEPS, Compiled, Step
 from bvit_jax.config import Config
@@ -131,7 +131,7 @@ def _batch_shapes(config: Config, placement: Placement) -> tuple[jax.ShapeDtypeS
 def _read(program: jax.stages.Compiled) -> dict[str, Any]:
     memory: Any = program.memory_analysis()
     cost: Any = program.cost_analysis()
-    found = hlo.read(str(program.as_text()), rare=exchange.OVERFLOW_SCOPE)
+    found = hlo.read(str(program.as_text()), exchange.OVERFLOW_SCOPE, blocks.AT_MOST_SCOPE)
     by_kind = found.bytes_by_kind()
     return {
         "peak_bytes": memory.peak_memory_in_bytes,

@@ -108,7 +108,7 @@ def check_chunks(expert_N: np.ndarray, num_experts: int, block: int, tile: int, 
 
 
 @given(assignments(), st.sampled_from([(1, 4), (2, 4), (4, 4), (2, 6)]), st.integers(0, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_chunks_fill_whole_tiles(case: tuple[np.ndarray, int], heights: tuple[int, int], chunk: int) -> None:
     check_chunks(*case, *heights, min(chunk, case[1]))
 
@@ -156,9 +156,10 @@ def test_copies_of_a_token_go_to_the_slots_of_its_experts(copies: int, key: jax.
     grouping = group(expert_N, 5, 2, 4, 2)
     tokens = jax.random.normal(key, (4, 3))
     slots = dispatch.to_slots(tokens, grouping, copies)
-    np.testing.assert_array_equal(slots, dispatch.to_slots(jnp.repeat(tokens, copies, axis=0), grouping))
+    row_S = np.asarray(grouping.row_S)
+    held = row_S < 4 * copies
+    np.testing.assert_array_equal(np.asarray(slots)[held], np.asarray(tokens)[row_S[held] // copies])
     np.testing.assert_array_equal(dispatch.to_rows(slots, grouping), jnp.repeat(tokens, copies, axis=0))
-    assert not np.asarray(slots)[np.asarray(grouping.row_S) == 4 * copies].any()
 
 
 @pytest.mark.parametrize("copies", [1, 2, 3])
@@ -178,24 +179,13 @@ def test_gradients_of_moves_equal_those_of_indexing(heights: tuple[int, int, int
     np.testing.assert_array_equal(moved, expected)
 
 
-def summed_copies() -> jax.Array:
+def test_gradients_of_copies_are_summed_in_float32() -> None:
     grouping = group(jnp.array([0, 1, 2, 3]), 4, 2)
     values = jnp.array([256, 1, 1, 1], jnp.bfloat16)  # steps of 2 at 256: rounded each time, nothing would be added
     d_slots = jnp.zeros((grouping.row_S.shape[0], 1), jnp.bfloat16).at[grouping.slot_N, 0].set(values)
     (d_tokens,) = jax.vjp(lambda x: dispatch.to_slots(x, grouping, 4), jnp.zeros((1, 1), jnp.bfloat16))[1](d_slots)
-    return d_tokens
-
-
-def test_gradients_of_copies_are_summed_in_float32() -> None:
-    with jax.numpy_dtype_promotion("standard"):
-        d_tokens = summed_copies()
     assert d_tokens.dtype == jnp.bfloat16
     assert float(d_tokens[0, 0]) == 260  # 259, halves to even
-
-
-@pytest.mark.xfail(reason="jnp.promote_types heeds strict promotion; np.promote_types would not", strict=True)
-def test_gradients_of_copies_keep_to_strict_promotion() -> None:
-    summed_copies()
 
 
 def test_moves_and_their_gradients_scatter_nothing() -> None:

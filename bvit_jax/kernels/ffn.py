@@ -43,6 +43,7 @@ class Plan:
         tile: rows of a tile, a multiple of `BLOCK`.
         chunk: experts whose angles are in VMEM at a time.
         vmem_bytes: what a kernel may take of VMEM.
+        rows: how many there are, without padding, for the estimate of cost.
         interpret: run anywhere, slowly.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     tile: int
     chunk: int
     vmem_bytes: int
+    rows: int
     interpret: bool
 
 
@@ -104,7 +106,8 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, Weights]:
     """Returns gradients of the slots (S, D), of the columns of the table (E, C), and of the weights, float32.
 
-    Slots without a row must have dy = 0. Of tiles that are not in use, and of chunks without any, anything comes back.
+    Slots without a row must have dy = 0, and x of any finite value. Of tiles that are not in use, and of chunks without
+    any, anything comes back.
     """
     d_model, d_ff = weights.up_DxF.shape
     call = _Call(plan, x_SxD, table, weights)
@@ -237,7 +240,7 @@ class _Call:
 
     def __init__(self, plan: Plan, x_SxD: jax.Array, table: Table, weights: Weights) -> None:
         self.plan, self.grid = plan, (x_SxD.shape[0] // plan.tile,)
-        self.flops_of_product = 2 * x_SxD.shape[0] * math.prod(weights.up_DxF.shape)
+        self.flops_of_product = 2 * plan.rows * math.prod(weights.up_DxF.shape)
         # A tile that is not in use names the rows that are there already, so that nothing moves.
         self.rows = pl.BlockSpec(
             (plan.tile, x_SxD.shape[1]), lambda tile, chunk, expert, used: (jnp.minimum(tile, used[0] - 1), 0)
@@ -255,7 +258,6 @@ class _Call:
         products: int,
     ) -> Any:
         """Runs `kernel`; `scratch` lists channels and dtype of its buffers of one tile."""
-        arrays: list[Any] = [array for array, _ in (*inputs, *outputs)]
         spec = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=self.grid,
@@ -266,8 +268,7 @@ class _Call:
         cost = pl.CostEstimate(
             flops=products * self.flops_of_product,
             transcendentals=0,
-            # Rows, angles and weights pass once each, however many tiles there are.
-            bytes_accessed=sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays),
+            bytes_accessed=sum(self._moved(array, spec) for array, spec in (*inputs, *outputs)),
         )
         run = pl.pallas_call(
             kernel,
@@ -280,3 +281,8 @@ class _Call:
             interpret=self.plan.interpret,
         )
         return run(tiles.chunk, tiles.expert, tiles.used, *(array for array, _ in inputs))
+
+    def _moved(self, array: Any, spec: pl.BlockSpec) -> int:
+        """Bytes between HBM and VMEM: rows, angles and weights pass once each, however many tiles there are."""
+        rows = self.plan.rows if spec is self.rows else array.shape[0]
+        return rows * math.prod(array.shape[1:]) * array.dtype.itemsize

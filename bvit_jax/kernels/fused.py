@@ -56,7 +56,7 @@ def _backward(cut: Cut, saved: Any, dy_SxD: jax.Array) -> tuple[None, jax.Array,
     dx_SxD, d_columns_ExC, d_weights = ffn.backward(
         cut.plan, _tiles(grouping), x_SxD, _table(cut, angles), _as_rows(weights), y_SxD, dy_SxD
     )
-    # The kernel has not been to chunks without rows.
+    # The kernel has not been to chunks without slots.
     d_columns_ExC = jnp.where(grouping.sizes_E[:, None] > 0, d_columns_ExC, 0)
     d_angles = {}
     for side, turn in zip(cut.sides, cut.plan.turns, strict=True):
