@@ -356,6 +356,31 @@ def rotated_ffn(
     return y_TxKxD, dx_TxD, d_angles, d_weights
 
 
+def rotated_product(
+    sides: tuple[Side, Side], x_RxD: Array, expert_R: Array, angles: dict[str, Array], weights: list[Array], dy_RxO: Array
+) -> tuple[Array, Array, dict[str, Array], list[Array]]:
+    """Outputs (R, O) of y = B_after(B_before(x) W) + b by the rotations of each row's expert, and gradients.
+
+    Weights are W (D, O), to be multiplied from the right, and b.
+    """
+    before, after = sides
+    y_RxO, dx_RxD = np.zeros_like(dy_RxO), np.zeros_like(x_RxD)
+    d_angles = {name: np.zeros_like(table) for name, table in angles.items()}
+    d_weights = [np.zeros_like(array) for array in weights]
+    for expert in sorted(set(expert_R.tolist())):
+        own = expert_R == expert
+        u, pull_u = rotate_back_propagated(x_RxD[own], *before[1:3], angles[before.name][expert], before.inverse)
+        y, pull_y = rotate_back_propagated(u @ weights[0], *after[1:3], angles[after.name][expert], after.inverse)
+        y_RxO[own] = y + weights[1]
+        dh, d_after = pull_y(dy_RxO[own])
+        dx_RxD[own], d_before = pull_u(dh @ weights[0].T)
+        d_angles[before.name][expert] += d_before
+        d_angles[after.name][expert] += d_after
+        d_weights[0] += u.T @ dh
+        d_weights[1] += dy_RxO[own].sum(axis=0)
+    return y_RxO, dx_RxD, d_angles, d_weights
+
+
 def _by_token(function: Callable[[Array], Array], x_BxTxD: Array) -> Array:
     return np.array([[function(token) for token in example] for example in x_BxTxD])
 
