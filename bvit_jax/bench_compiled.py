@@ -85,20 +85,21 @@ def cases(
 ) -> list[Case]:
     """Lists what to compile; a training step is that of `TRAIN_SIZE`.
 
-    Left out are `auto`, which is one of the others, training steps but with the most experts up to 64, and the form
-    `tied` but with as many.
+    Left out are `auto`, which is one of the others, mixtures of fewer experts than a token uses, training steps but
+    with the most experts up to 64, and the form `tied` but with as many.
     """
-    few = [number for number in experts if number <= bench.MANY_EXPERTS][-1:]
+    mixtures = [number for number in experts if number >= TOP_K]
+    few = [number for number in mixtures if number <= bench.MANY_EXPERTS][-1:]
     found = []
     for job in jobs:
         train = job == "train step"
-        numbers = few if train else experts
+        numbers = few if train else mixtures
         for size in sizes:
             if not numbers or (train and size != TRAIN_SIZE):
                 continue
-            found.append(Case(job, size, 1, "dense", copies=min(TOP_K, *numbers) if train else 1))
+            found.append(Case(job, size, 1, "dense", copies=TOP_K if train else 1))
             for number in numbers:
-                case = functools.partial(Case, job, size, min(TOP_K, number))
+                case = functools.partial(Case, job, size, TOP_K)
                 here = [form for form in forms if form == "separate" or number in few]
                 kinds = [(form, dispatch) for form in here for dispatch in bench.DISPATCHES if dispatch != "auto"]
                 found += [case("standard", number), *(case("butterfly", number, *kind, stages) for kind in kinds)]

@@ -107,7 +107,7 @@ def _forward(rotations: Rotations, x_SxD: jax.Array, layers: list[Layer], groupi
             before, after = tile.turners(rotations[number], tables[number])
             u_PxbxD = before.turn(_activation(number)(x_PxbxD))
             products.append(_rows(u_PxbxD, x_SxD.dtype) @ layer.weights_DxO)
-            x_PxbxD = after.turn(tile.blocks(products[-1])) + layer.bias_O.astype(jnp.float32).reshape(1, 1, -1)
+            x_PxbxD = after.turn(tile.blocks(products[-1])) + _along(layer.bias_O)
         return [tile.put(whole, rows) for whole, rows in zip(kept, (*products, _rows(x_PxbxD)), strict=True)]
 
     widths = [layer.weights_DxO.shape[1] for layer in layers]
@@ -127,7 +127,7 @@ def _backward(rotations: Rotations, saved: Any, dy_SxO: jax.Array) -> tuple[jax.
             a_PxbxD, pull = jax.vjp(_activation(number), x_PxbxD)
             y_PxbxO = after.turn(tile.blocks(tile.get(products[number])))
             seen.append((before, before.turn(a_PxbxD), after, y_PxbxO, pull))
-            x_PxbxD = y_PxbxO + layer.bias_O.astype(jnp.float32).reshape(1, 1, -1)
+            x_PxbxD = y_PxbxO + _along(layer.bias_O)
         dy_PxbxO = tile.blocks(tile.get(dy_SxO))
         for number in reversed(range(len(layers))):
             before, u_PxbxD, after, y_PxbxO, pull = seen[number]
@@ -214,6 +214,10 @@ def _each_tile(grouping: Grouping, step: Callable[[jax.Array, T], T], start: T) 
 def _activation(number: int) -> Callable[[jax.Array], jax.Array]:
     """Returns what comes before a layer: gelu, but nothing before the first."""
     return jax.nn.gelu if number else lambda x: x
+
+
+def _along(bias_O: jax.Array) -> jax.Array:
+    return bias_O.astype(jnp.float32).reshape(1, 1, -1)
 
 
 def _rows(blocks_PxbxD: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
