@@ -232,12 +232,16 @@ def interleave(
 ) -> list[list[float]]:
     """Runs each in turn, round by round, and returns the seconds that each took in each round.
 
+    In its turn each runs twice, and the second time counts: the first one after a program that has taken and given back
+    gigabytes waits for memory to be mapped again, which made small programs four times slower.
+
     There are `repetitions` rounds, and more until they have taken `LEAST_SECONDS`: short runs are the less certain.
     """
     seconds: list[list[float]] = [[] for _ in runs]
     rounds = 0
     while rounds < repetitions or 0 < sum(map(sum, seconds)) < LEAST_SECONDS:
         for run, own in zip(runs, seconds, strict=True):
+            run()
             start = clock()
             run()
             own.append(clock() - start)

@@ -130,8 +130,8 @@ def test_runs_take_turns():
     ticks, steps = itertools.count(), itertools.count()
     runs = [lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c")]
     seconds = bench.interleave(runs, 3, lambda: next(steps), clock=lambda: next(ticks) ** 2)
-    assert "".join(order) == "abcabcabc"
-    # The clock is read before and after each run, 18 times: run n takes (2n + 1)^2 - (2n)^2 = 4n + 1.
+    assert "".join(order) == "aabbccaabbccaabbcc"
+    # The clock is read before and after each second run, 18 times: run n takes (2n + 1)^2 - (2n)^2 = 4n + 1.
     assert seconds == [[1, 13, 25], [5, 17, 29], [9, 21, 33]]
     assert next(steps) == 9
 
