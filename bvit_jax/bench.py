@@ -82,12 +82,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to time: all combinations that say something."""
+    """What to time: all combinations that say something; if `brief`, neither `tied` nor full depth."""
 
     jobs: tuple[Job, ...]
     sizes: tuple[str, ...]
     experts: tuple[int, ...]
     top_k: tuple[int, ...]
+    brief: bool = False
 
     def cases(self, stages: int) -> list[Case]:
         """Lists the cases group by group, with rotations of so many stages but where full depth is compared."""
@@ -104,10 +105,12 @@ class Plan:
         if top_k > 1:
             yield case("dense", copies=top_k)
         yield from (case("standard", number) for number in experts)
-        kinds = [(form, dispatch) for form in (FORMS if last else FORMS[:1]) for dispatch in DISPATCHES]
+        kinds = [
+            (form, dispatch) for form in (FORMS if last and not self.brief else FORMS[:1]) for dispatch in DISPATCHES
+        ]
         yield from (case("butterfly", number, *kind, stages) for kind in kinds for number in experts)
         few = [number for number in experts if number <= MANY_EXPERTS]
-        if few and last and not train:
+        if few and last and not train and not self.brief:
             shape = VARIANTS[size]
             deepest = butterfly.max_stages(max(shape.d_model, shape.d_ff))
             yield from (case("butterfly", few[-1], *kind, deepest) for kind in kinds)

@@ -143,7 +143,9 @@ def _build(config: Config, job: Job) -> jax.stages.Compiled:
         ),
     )
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
-    return topology.compile_uncached(jax.jit(bench.layer_function(model, job)).lower(*shapes))
+    # The kernels divide their work by the memory of the device that is traced for.
+    with jax.sharding.use_abstract_mesh(jax.sharding.Mesh([device], ("chip",)).abstract_mesh):
+        return topology.compile_uncached(jax.jit(bench.layer_function(model, job)).lower(*shapes))
 
 
 def _read(program: jax.stages.Compiled) -> dict[str, Any]:

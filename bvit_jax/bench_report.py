@@ -81,13 +81,14 @@ def _time(
     base: Config, wanted: Sequence[Case], repetitions: int, directory: Path, where: dict[str, Any]
 ) -> dict[Case, Row]:
     rows = {row.case: row for row in _read(directory / "bench.json", Row.from_dict)}
-    # A group in which a case is missing is timed anew as a whole: ratios are of one run.
+    # A group in which a case is missing is timed anew, with all that it had: ratios are of one run.
     missing = list(dict.fromkeys(case.group for case in wanted if case not in rows))
-    steps = (1 + repetitions) * sum(case.group in missing and not bench.unfit(case) for case in wanted)
+    anew = [case for case in dict.fromkeys((*rows, *wanted)) if case.group in missing]
+    steps = (1 + repetitions) * sum(not bench.unfit(case) for case in anew)
     with tqdm(total=steps, unit="run", disable=None, leave=False) as bar:
         for group in missing:
             bar.set_description(title(group))
-            cases = [case for case in wanted if case.group == group]
+            cases = list(dict.fromkeys(case for case in (*rows, *wanted) if case.group == group))
             measured = bench.measure(base, cases, repetitions, bar.update)
             rows = {case: row for case, row in rows.items() if case.group != group}
             rows |= {row.case: row for row in measured}
@@ -255,15 +256,17 @@ def _compiled_cells(row: CompiledRow, dense: CompiledRow | None) -> tuple[str, .
 
 LEGEND = (
     "Time over that of the dense layer of the same table, and median milliseconds in brackets. dense x k: the dense "
-    "layer on k times the tokens, which is top-k work without any routing. spread: the largest distance between "
-    "quartiles, over the median. temp: what the program holds beside inputs and outputs, at most, by the compiler's "
-    f"account. Not timed: {bench.LEFT_OUT}."
+    "layer on k times the tokens, which is top-k work without any routing; of a training step, the whole model on k "
+    "times the images. spread: the largest distance between quartiles, over the median. temp: what the program holds "
+    "beside inputs and outputs, at most, by the compiler's account. Not timed: "
+    f"{bench.LEFT_OUT}."
 )
 COMPILED_LEGEND = (
     f"One chip of {bench_compiled.TOPOLOGY}, bfloat16, by the TPU compiler (libtpu); nothing ran. rows: tokens times "
-    "experts a token. HBM: read and written, as the program has it; accessed: the compiler's own figure, which counts "
-    "the body of a loop once; kernels: what Pallas kernels say that they move, the fused ones by their block specs, "
-    "those of the standard mixture (Megablox) by their own estimate. x: over the dense program of as many rows."
+    "experts a token. HBM: read and written, as the program has it, the loops of blocks as often as they may run at "
+    "most; accessed: the compiler's own figure, which counts the body of a loop once; kernels: what Pallas kernels say "
+    "that they move, the fused ones by their block specs where rows fall evenly on experts, those of the standard "
+    "mixture (Megablox) by their own estimate. x: over the dense program of as many rows."
 )
 
 

@@ -1,6 +1,6 @@
 """Grouped matrix products: each row times the kernel of its own expert, exactly, with no capacity and nothing dropped.
 
-Three paths give the same result:
+For stored experts (`bvit_jax.moe.StandardMoe`) three paths give the same result:
 
 - `tiles`: rows sorted by expert, then JAX's Megablox kernel for TPUs. (XLA's own `ragged_dot` for TPUs computes the
   gradient of the kernels as all rows times all experts.)
@@ -34,8 +34,8 @@ class Grouping:
         row_S: int32 (S,), the row of each slot; N for a slot that holds none.
         expert_S: int32 (S,), the expert of each slot.
         sizes_E: int32 (E,), slots of each expert, padding included.
-        block: height of a block, 0 for the other paths.
-        tile: rows of a tile of a kernel, 0 for the other paths.
+        block: height of a block, 0 for none.
+        tile: rows of a tile, 0 for none.
         chunk: experts of a chunk, whose rows fill whole tiles.
     """
 

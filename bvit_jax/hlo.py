@@ -83,7 +83,7 @@ def read(text: str, rare: str = "", at_most: str = "") -> Program:
         rare: scope (`jax.named_scope`) of exceptional cases, whose loops are taken not to run: one component of the
             name of a loop, bare or in the brackets of a transformation, `jvp(overflow)`; "" for none.
         at_most: likewise, how a scope begins that goes on with a number: how often its loops run at most, and are taken
-            to run where the program does not give a number itself; "" for none.
+            to run where the program does not give a number itself; "" for none. Open loops within them stay open.
     """
     chips = math.prod(_numbers(" ".join(re.findall(r", (?:num_partitions|replica_count)=\d+", text))))
     computations: dict[str, dict[str, _Op]] = {}  # those called before their callers, the entry last
@@ -178,9 +178,12 @@ def _cost(computation: list[_Op], times: int, scopes: tuple[str, str]) -> Progra
             names = re.findall(r"[^/();]+", _first(_SCOPE, op.text))
             if rare not in names:
                 trips = _trips(op)
+                inner = scopes
                 if trips is None and at_most:
-                    trips = next((int(name[len(at_most) :]) for name in names if name.startswith(at_most)), None)
-                parts += [_cost(part, times * (1 if trips is None else trips), scopes) for part in op.called]
+                    bounds = [re.fullmatch(rf"{at_most}(\d+)", name) for name in names]
+                    trips = next((int(bound[1]) for bound in bounds if bound), None)
+                    inner = (rare, "")  # loops within it have the same scope
+                parts += [_cost(part, times * (1 if trips is None else trips), inner) for part in op.called]
                 parts.append(Program(open_loops=int(trips is None)))
         elif op.opcode == "conditional":
             branches = [vars(_cost(branch, times, scopes)).values() for branch in op.called]

@@ -8,14 +8,16 @@ meet their angles:
 - `blocks`: rows are sorted by expert and padded so that a block of them shares one copy. For XLA on any device.
 - `fused`: sorted too, then everything in one kernel for TPUs (`bvit_jax.kernels`); elsewhere it is interpreted, slowly.
 
-`auto` takes `fused` on TPUs if form and sizes allow it, and `blocks` or, for few rows, `rows` otherwise. It chooses
-when the program is lowered, for the platform that it is lowered for.
+`auto` takes `fused` on TPUs if form and sizes allow it, `rows` for few rows on CPUs, and `blocks` otherwise. It chooses
+when the program is lowered, for the platform that it is lowered for. A program for several platforms at once
+(`jax.export`) needs `rows` or `blocks`: JAX lowers a TPU's kernels for all of them.
 
 Axes: B batch, T tokens (of all images, within a path), K experts of a token, N rows, S slots (sorted and padded
 rows), D d_model, F d_ff, O outputs of a layer.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -83,10 +85,13 @@ def apply(config: ModelConfig, params: Params, x_BxTxD: jax.Array, expert_BxTxK:
     Raises:
         ConfigError: for `fused` where the kernels cannot run the model.
     """
-    x_TxD, expert_TxK = x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), expert_BxTxK.reshape(-1, config.top_k)
+    width = config.d_ff if config.form == "reference" else config.d_model
+    if not expert_BxTxK.size:
+        return jnp.zeros((*expert_BxTxK.shape, width), x_BxTxD.dtype)
+    x_TxD, expert_TxK = x_BxTxD.reshape(-1, config.d_model), expert_BxTxK.reshape(-1, config.top_k)
     paths = _PATHS[config.dispatch](config, x_TxD, expert_TxK)
     y_TxKxF = jax.lax.platform_dependent(params, x_TxD, expert_TxK, **paths)
-    return y_TxKxF.reshape(*expert_BxTxK.shape, -1)
+    return y_TxKxF.reshape(*expert_BxTxK.shape, width)
 
 
 def stages_of(config: ModelConfig, dim: int) -> butterfly.Stages:
@@ -110,10 +115,11 @@ def _choose_blocks(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array)
 
 def _choose_fused(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dict[str, Experts]:
     try:
-        cuts = [_cut(config, x_TxD, expert_TxK, interpret) for interpret in (False, True)]
+        cut = _cut(config, x_TxD, expert_TxK)
     except UnfitError as error:
         raise ConfigError(f"model.dispatch = 'fused' cannot run this model: {error}") from None
-    return {name: functools.partial(_fused, config, cut) for name, cut in zip(("tpu", "default"), cuts, strict=True)}
+    interpreted = dataclasses.replace(cut, plan=dataclasses.replace(cut.plan, interpret=True))
+    return {"tpu": functools.partial(_fused, config, cut), "default": functools.partial(_fused, config, interpreted)}
 
 
 def _choose(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dict[str, Experts]:
@@ -121,7 +127,7 @@ def _choose(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dic
     if expert_TxK.size <= _FEW_ROWS:
         paths["cpu"] = functools.partial(_by_rows, config)
     with contextlib.suppress(UnfitError):
-        paths["tpu"] = functools.partial(_fused, config, _cut(config, x_TxD, expert_TxK, interpret=False))
+        paths["tpu"] = functools.partial(_fused, config, _cut(config, x_TxD, expert_TxK))
     return paths
 
 
@@ -169,18 +175,18 @@ def _rotation(side: Side, dim: int) -> blocks.Rotation:
     return blocks.Rotation(block_rotation.make_plan(side.stages, dim), side.inverse)
 
 
-def _cut(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array, interpret: bool) -> Cut:
+def _cut(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> Cut:
     if config.form == "reference":
         raise UnfitError("form = reference: the fused kernels need separate or tied")
     sides = tuple(side for around in _sides(config) for side in around)
-    return choose(sides, config.d_model, config.d_ff, expert_TxK.size, config.num_experts, x_TxD.dtype, interpret)
+    return choose(sides, config.d_model, config.d_ff, expert_TxK.size, config.num_experts, x_TxD.dtype)
 
 
 def _fused(config: ModelConfig, cut: Cut, params: Params, x_TxD: jax.Array, expert_TxK: jax.Array) -> jax.Array:
     up, down = _layers(config, params)
     angles = {side.name: params[f"{side.name}_angles"] for side in (up.before, up.after, down.before, down.after)}
-    weights = Weights(up.weights_DxO, up.bias_O, down.weights_DxO, down.bias_O)
-    return fused.apply(cut, x_TxD, expert_TxK, angles, weights)
+    weights = Weights(up.weights_DxO, up.bias_O, down.weights_DxO)
+    return fused.apply(cut, x_TxD, expert_TxK, angles, weights, down.bias_O)
 
 
 def _sides(config: ModelConfig) -> list[tuple[Side, Side]]:

@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
         sizes=_chosen("sizes", _given(_SIZES), tuple(VARIANTS)),
         experts=number_flags.numbers("experts", _given(_EXPERTS)),
         top_k=number_flags.numbers("top_k", _given(_TOP_K)),
+        brief=_QUICK.value,
     )
     repetitions = _given(_REPETITIONS)
     require(repetitions >= 1, "repetitions", repetitions, "at least 1")

@@ -115,7 +115,7 @@ def rotate_back_propagated(
             cos, sin = matrix[i, i], matrix[j, i]
             d_angles.append(cos * (d_matrix[j, i] - d_matrix[i, j]) - sin * (d_matrix[i, i] + d_matrix[j, j]))
             dy_RxD = dy_RxD @ (matrix.T if inverse else matrix)
-        return dy_RxD, np.concatenate(d_angles if inverse else d_angles[::-1])
+        return dy_RxD, np.concatenate([np.zeros(0), *(d_angles if inverse else d_angles[::-1])])
 
     return x_RxD, pull
 
@@ -357,7 +357,12 @@ def rotated_ffn(
 
 
 def rotated_product(
-    sides: tuple[Side, Side], x_RxD: Array, expert_R: Array, angles: dict[str, Array], weights: list[Array], dy_RxO: Array
+    sides: tuple[Side, Side],
+    x_RxD: Array,
+    expert_R: Array,
+    angles: dict[str, Array],
+    weights: list[Array],
+    dy_RxO: Array,
 ) -> tuple[Array, Array, dict[str, Array], list[Array]]:
     """Outputs (R, O) of y = B_after(B_before(x) W) + b by the rotations of each row's expert, and gradients.
 

@@ -334,6 +334,49 @@ def test_one_row_or_one_expert(rows: int, experts: int) -> None:
     assert not np.any(with_table[2][:-1])
 
 
+# Cosines and sines
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.8, math.pi, 20, 1000])
+def test_cosines_and_sines_equal_numpy(limit: float) -> None:
+    angles = random_angles(0, 20_000, limit=limit)
+    cos, sin = jit(butterfly.cos_sin)(angles)
+    assert cos.dtype == sin.dtype == jnp.float32
+    exact = angles.astype(np.float64)
+    np.testing.assert_allclose(cos, np.cos(exact), rtol=0, atol=2e-7)
+    np.testing.assert_allclose(sin, np.sin(exact), rtol=0, atol=2e-7)
+    if limit < 0.1:  # small sines are exact in parts of themselves
+        np.testing.assert_allclose(sin, np.sin(exact), rtol=2e-7)
+
+
+def test_cosines_and_sines_at_the_borders_of_quadrants() -> None:
+    # Multiples of pi / 4 and the float32 numbers on both sides: quadrants are chosen at odd ones, signs change at even.
+    middle = (np.arange(-1200, 1201) * (math.pi / 4)).astype(np.float32)
+    angles = np.concatenate(
+        [np.nextafter(middle, np.float32(-np.inf)), middle, np.nextafter(middle, np.float32(np.inf))]
+    )
+    cos, sin = jit(butterfly.cos_sin)(angles)
+    exact = angles.astype(np.float64)
+    np.testing.assert_allclose(cos, np.cos(exact), rtol=0, atol=2e-7)
+    np.testing.assert_allclose(sin, np.sin(exact), rtol=0, atol=2e-7)
+    np.testing.assert_allclose(np.hypot(cos, sin), 1, atol=2e-7)
+
+
+def test_no_angle_is_the_identity_exactly() -> None:
+    cos, sin = butterfly.cos_sin(jnp.zeros(2))
+    np.testing.assert_array_equal(cos, [1, 1])
+    np.testing.assert_array_equal(sin, [0, 0])
+
+
+def test_cosines_and_sines_of_float64_are_float64() -> None:
+    with jax.enable_x64(True):
+        angles = random_angles(0, 100, limit=1000).astype(np.float64)
+        cos, sin = butterfly.cos_sin(jnp.asarray(angles))
+        assert cos.dtype == sin.dtype == jnp.float64
+        np.testing.assert_allclose(cos, np.cos(angles), atol=1e-14)
+        np.testing.assert_allclose(sin, np.sin(angles), atol=1e-14)
+
+
 # Precision and memory
 
 

@@ -144,10 +144,16 @@ def test_rows_go_to_slots_and_back(block: int, key: jax.Array) -> None:
     grouping = group(jnp.array([3, 1, 1, 3, 0, 3, 1]), 5, block)
     rows = 1 + jax.random.uniform(key, (7, 2))
     slots = np.asarray(dispatch.to_slots(rows, grouping))
-    np.testing.assert_array_equal(dispatch.to_rows(jnp.asarray(slots), grouping), rows)
-    empty = np.asarray(grouping.row_S) == 7
-    np.testing.assert_array_equal(slots[empty], np.zeros((empty.sum(), 2)))
-    assert np.count_nonzero(slots) == rows.size
+    row_S = np.asarray(grouping.row_S)
+    held = row_S < 7
+    np.testing.assert_array_equal(slots[held], np.asarray(rows)[row_S[held]])
+    back, pull = jax.vjp(lambda slots: dispatch.to_rows(slots, grouping), jnp.asarray(slots))
+    np.testing.assert_array_equal(back, rows)
+    # A slot without a row holds any row's values, never what is not a number; none of them comes back, nor a gradient.
+    assert (slots[~held, None] == np.asarray(rows)).all(axis=-1).any(axis=-1).all()
+    (d_slots,) = pull(rows)
+    np.testing.assert_array_equal(np.asarray(d_slots)[~held], np.zeros(((~held).sum(), 2)))
+    assert np.count_nonzero(d_slots) == rows.size
 
 
 @pytest.mark.parametrize("copies", [1, 2, 3])

@@ -242,9 +242,9 @@ def loop(name="w", start="0", step="1", limit="7", test="direction=LT", inner=(D
     return [computation(f"cond_{name}", *condition), computation(f"body_{name}", *body)], run
 
 
-def looped(rare="", **changes):
+def looped(rare="", at_most="", **changes):
     called, run = loop(**changes)
-    return read(*run, called=called, rare=rare)
+    return read(*run, called=called, rare=rare, at_most=at_most)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +341,41 @@ def test_name_of_rare_cases():
     assert read(*run, called=called, rare="spill").matmul_flops == 0
     assert read(*run, called=called, rare="while").matmul_flops == 0
     assert read(*run, called=called, rare="spil").matmul_flops == 420
+
+
+@pytest.mark.parametrize(
+    ("scope", "times"),
+    [
+        *[("jit(f)/tiles_at_most_4/while", 4), ("tiles_at_most_13/while", 13), ("jit(f)/tiles_at_most_0/while", 0)],
+        ("jit(f)/jvp(tiles_at_most_4)/while", 4),
+        ("jit(f)/transpose(jvp(tiles_at_most_4))/while", 4),
+        ("jit(f)/while/body/tiles_at_most_4/again/while", 4),
+        *[("jit(f)/while", None), ("jit(f)/at_most_4/while", None), ("jit(f)/no_tiles_at_most_4/while", None)],
+    ],
+)
+def test_open_loops_of_scopes_that_say_so_are_taken_to_run_at_most_so_often(scope, times):
+    inner = (DOT, X, f"%g = {TABLE} all-gather(%x), channel_id=1, replica_groups={{{{0,1}}}}")
+    found = looped(at_most="tiles_at_most_", test="direction=NE", scope=scope, inner=inner)
+    runs = 1 if times is None else times
+    assert (found.matmul_flops, found.open_loops) == (60 * runs, int(times is None))
+    assert [one.times for one in found.collectives] == [runs]
+    # What the program says itself counts, whatever the scope does; and nothing is read where nothing is asked for.
+    closed = looped(at_most="tiles_at_most_", scope=scope)
+    assert (closed.matmul_flops, closed.open_loops) == (60 * 7, 0)
+    silent = looped(test="direction=NE", scope=scope)
+    assert (silent.matmul_flops, silent.open_loops) == (60, 1)
+
+
+def test_loops_of_scopes_that_say_how_often_multiply():
+    inner_called, inner = loop("v", test="direction=NE", scope="jit(f)/while/body/tiles_at_most_3/while")
+    called, run = loop(test="direction=NE", scope="jit(f)/tiles_at_most_5/while", inner=(*inner, DOT))
+    found = read(*run, called=[*inner_called, *called], at_most="tiles_at_most_")
+    assert (found.matmul_flops, found.open_loops) == (5 * (3 * 60 + 60), 0)
+    # In a closed loop, and beside a rare case.
+    called, run = loop(limit="5", inner=inner)
+    found = read(*run, called=[*inner_called, *called], at_most="tiles_at_most_")
+    assert (found.matmul_flops, found.open_loops) == (5 * 3 * 60, 0)
+    assert read(*run, called=[*inner_called, *called], at_most="tiles_at_most_", rare="body").matmul_flops == 0
 
 
 # Branches and calls.

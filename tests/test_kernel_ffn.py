@@ -65,7 +65,6 @@ def arguments(shape: Shape, plan: Plan, sharding: Any = None) -> tuple[Any, ...]
         array(shape.d_model, shape.d_ff, dtype=shape.dtype),
         array(1, shape.d_ff),
         array(shape.d_ff, shape.d_model, dtype=shape.dtype),
-        array(1, shape.d_model),
     )
     return tiles, rows, table, weights, rows, rows
 
@@ -106,11 +105,11 @@ def test_bytes_by_hand(uncached: None) -> None:
     forward, backward = (accessed(program) for program in programs(Shape(), "v5e:2x2"))
     rows = 16384 * 256 * 2  # 8.39 MB
     table = 64 * (2 * 384 + 2 * 1024) * 4  # columns: of 256 channels 128 + 256, of 1024 512 + 512
-    prototypes, biases = 2 * 256 * 1024, (256 + 1024) * 4
+    prototypes, bias = 2 * 256 * 1024, 1024 * 4
     # Forward: x and y; cosines and sines; weights. Backward: x, y, dy, dx; a table of gradients more; float32
     # gradients of the weights.
-    expected_forward = 2 * rows + 2 * table + 2 * prototypes + biases
-    expected_backward = 4 * rows + 3 * table + (2 + 4) * prototypes + 2 * biases
+    expected_forward = 2 * rows + 2 * table + 2 * prototypes + bias
+    expected_backward = 4 * rows + 3 * table + (2 + 4) * prototypes + 2 * bias
     scalars = 4 * (16384 // 256 + 16384 // 16 + 1)
     assert 0 <= forward - expected_forward <= 2 * scalars
     assert 0 <= backward - expected_backward <= 2 * scalars

@@ -75,7 +75,8 @@ class Case:
         self.dy = normal(*expert_TxK.shape, d_model)
         up = normal(d_model, d_ff, scale=d_model**-0.5)
         down = up.T if shape.tied else normal(d_ff, d_model, scale=d_ff**-0.5)
-        self.weights = Weights(up, normal(d_ff), down, normal(d_model))
+        self.weights = Weights(up, normal(d_ff), down)
+        self.bias = normal(d_model)
         self.angles = {
             side.name: rng.uniform(-3, 3, (shape.experts, butterfly.num_angles(side.stages))).astype(np.float32)
             for side in shape.sides
@@ -84,22 +85,33 @@ class Case:
     def expected(self) -> Any:
         shape = self.shape
         sides = [oracles.Side(side.name, len(side.stages), shape.order, side.inverse) for side in shape.sides]
-        weights = [self.weights.up_DxF, self.weights.up_bias, self.weights.down_FxD, self.weights.down_bias]
+        weights = [self.weights.up_DxF, self.weights.up_bias, self.weights.down_FxD, self.bias]
         x, dy, angles, weights = jax.tree.map(oracles.float64, (self.x, self.dy, self.angles, weights))
         y, dx, d_angles, d_weights = oracles.rotated_ffn(sides, x, self.expert_TxK, angles, weights, dy)
-        return y, dx, d_angles, Weights(*d_weights)
+        return y, dx, d_angles, Weights(*d_weights[:3]), d_weights[3]
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def output_and_gradients(
-    cut: Cut, x: jax.Array, expert_TxK: jax.Array, angles: cutting.Angles, weights: Weights, dy: jax.Array
+    cut: Cut,
+    x: jax.Array,
+    expert_TxK: jax.Array,
+    angles: cutting.Angles,
+    weights: Weights,
+    bias: jax.Array,
+    dy: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    y, pull = jax.vjp(lambda x, angles, weights: fused.apply(cut, x, expert_TxK, angles, weights), x, angles, weights)
+    def outputs(x: jax.Array, *rest: Any) -> jax.Array:
+        return fused.apply(cut, x, expert_TxK, *rest)
+
+    y, pull = jax.vjp(outputs, x, angles, weights, bias)
     return y, *pull(dy)
 
 
 def run(case: Case, cut: Cut | None = None) -> Any:
-    return output_and_gradients(cut or case.shape.cut, case.x, case.expert_TxK, case.angles, case.weights, case.dy)
+    return output_and_gradients(
+        cut or case.shape.cut, case.x, case.expert_TxK, case.angles, case.weights, case.bias, case.dy
+    )
 
 
 def compare(found: Any, expected: Any, tolerance: float) -> None:
@@ -238,12 +250,10 @@ def test_strips_are_summed_in_float32() -> None:
     shape = Shape(d_ff=768, stages=1, strips=3, experts=1, dtype="bfloat16")
     case = Case(shape, np.zeros((2, 1), int))
     angles = {name: np.zeros_like(table) for name, table in case.angles.items()}
-    up, up_bias, down, down_bias = (np.zeros_like(leaf) for leaf in jax.tree.leaves(case.weights))
+    up, up_bias, down, bias = (np.zeros_like(leaf) for leaf in jax.tree.leaves((case.weights, case.bias)))
     up_bias[:] = 16
     down[[0, 128, 256]] = np.array([16, 1 / 16, 1 / 16], down.dtype)[:, None]
-    y, *_ = output_and_gradients(
-        shape.cut, case.x, case.expert_TxK, angles, Weights(up, up_bias, down, down_bias), case.dy
-    )
+    y, *_ = output_and_gradients(shape.cut, case.x, case.expert_TxK, angles, Weights(up, up_bias, down), bias, case.dy)
     np.testing.assert_array_equal(np.asarray(y, np.float32), np.full(y.shape, 258))
 
 
@@ -309,7 +319,9 @@ def test_gradients_do_not_depend_on_what_is_differentiated() -> None:
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def d_angles(angles: Any) -> Any:
-        _, pull = jax.vjp(lambda a: fused.apply(case.shape.cut, case.x, case.expert_TxK, a, case.weights), angles)
+        _, pull = jax.vjp(
+            lambda a: fused.apply(case.shape.cut, case.x, case.expert_TxK, a, case.weights, case.bias), angles
+        )
         return pull(jnp.asarray(case.dy))[0]
 
     compare(d_angles(case.angles), case.expected()[2], 1e-5)

@@ -25,6 +25,8 @@ _CHUNKS = (512, 256, 128, 64, 32, 16, 8)
 _TILES = (256, 128)
 _PLANNED, _ALLOWED = 0.85, 0.95
 """Parts of VMEM that are planned for, and that a kernel may take."""
+_MOST_ROWS = 2**21
+"""Whose experts fit the 1 MiB of scalar memory, padding included."""
 _ELSEWHERE = 64 * 2**20
 """VMEM to plan for where the kind of device is not known, bytes."""
 
@@ -80,13 +82,16 @@ def choose(
     for name, width in (("d_model", d_model), ("d_ff", d_ff)):
         if width % rotation.LANES:
             raise UnfitError(f"{name} = {width}: the fused kernels need a multiple of {rotation.LANES}")
+    if num_rows > _MOST_ROWS:
+        raise UnfitError(f"{num_rows:,} rows: the fused kernels keep account of at most {_MOST_ROWS:,} at a time")
     capacity = _vmem_bytes()
     rows = max(BLOCK, 1 << (num_rows - 1).bit_length())
     chunks = [num_experts, *(chunk for chunk in _CHUNKS if chunk < num_experts)]
     tiles = [min(tile, rows) for tile in _TILES]
     for strips, chunk, tile in itertools.product(_strip_counts(sides[1].stages, d_ff), chunks, tiles):
         of_strip = _narrow(sides, d_ff // strips) if strips > 1 else sides
-        plan = Plan(_turns(of_strip), tile, chunk, int(capacity * _ALLOWED), num_rows, interpret)
+        slots = _even_slots(num_rows, num_experts, chunk, tile)
+        plan = Plan(_turns(of_strip), tile, chunk, int(capacity * _ALLOWED), slots, interpret)
         if _bytes(plan, d_model, d_ff // strips, jnp.dtype(dtype).itemsize) <= capacity * _PLANNED:
             return Cut(of_strip, strips, plan)
     raise UnfitError(
@@ -96,7 +101,7 @@ def choose(
 
 
 def strips_of(cut: Cut, angles: Angles, weights: Weights) -> Iterator[tuple[Angles, Weights]]:
-    """Yields angles and weights of each strip; the bias of the outputs enters the first alone."""
+    """Yields angles and weights of each strip."""
     if cut.strips == 1:
         yield angles, weights
         return
@@ -115,7 +120,6 @@ def strips_of(cut: Cut, angles: Angles, weights: Weights) -> Iterator[tuple[Angl
                 up_DxF=own(weights.up_DxF, 1 << depth),
                 up_bias=own(weights.up_bias, 1 << depth),
                 down_FxD=own(weights.down_FxD.T, 1 << depth).T,
-                down_bias=jnp.zeros_like(weights.down_bias) if strip else weights.down_bias,
             ),
         )
 
@@ -153,6 +157,13 @@ def _bytes(plan: Plan, d_model: int, d_ff: int, itemsize: int) -> int:
     # Products in full float32 take their operands apart; seen of the compiler.
     spilled = 20 * plan.tile * d_ff if itemsize == 4 else 0
     return prototypes + rows + tables + scratch + spilled
+
+
+def _even_slots(num_rows: int, num_experts: int, chunk: int, tile: int) -> int:
+    """Slots of the tiles in use where rows fall evenly on experts."""
+    by_expert = -(-num_rows // (num_experts * BLOCK)) * BLOCK
+    sizes = [min(chunk, num_experts - first) for first in range(0, num_experts, chunk)]
+    return sum(-(-size * by_expert // tile) * tile for size in sizes)
 
 
 def _vmem_bytes() -> int:

@@ -43,7 +43,7 @@ class Plan:
         tile: rows of a tile, a multiple of `BLOCK`.
         chunk: experts whose angles are in VMEM at a time.
         vmem_bytes: what a kernel may take of VMEM.
-        rows: how many there are, without padding, for the estimate of cost.
+        slots: in use where rows fall evenly on experts, for the estimate of cost.
         interpret: run anywhere, slowly.
     """
 
@@ -51,7 +51,7 @@ class Plan:
     tile: int
     chunk: int
     vmem_bytes: int
-    rows: int
+    slots: int
     interpret: bool
 
 
@@ -74,12 +74,11 @@ class Tiles:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Prototypes in the dtype of the rows, and biases, for the kernels float32 (1, F) and (1, D)."""
+    """Prototypes in the dtype of the rows, and the bias between, for the kernels float32 (1, F)."""
 
     up_DxF: jax.Array
     up_bias: jax.Array
     down_FxD: jax.Array
-    down_bias: jax.Array
 
 
 Table = tuple[jax.Array, jax.Array]
@@ -87,7 +86,7 @@ Table = tuple[jax.Array, jax.Array]
 
 
 def forward(plan: Plan, tiles: Tiles, x_SxD: jax.Array, table: Table, weights: Weights) -> jax.Array:
-    """Returns the output of each slot, (S, D); of tiles that are not in use, anything."""
+    """Returns the output of each slot without the last bias, (S, D); of tiles that are not in use, anything."""
     d_model, d_ff = weights.up_DxF.shape
     call = _Call(plan, x_SxD, table, weights)
     (y_SxD,) = call(
@@ -131,7 +130,7 @@ def backward(
 
 
 def _leaves(weights: Weights) -> tuple[jax.Array, ...]:
-    return weights.up_DxF, weights.up_bias, weights.down_FxD, weights.down_bias
+    return weights.up_DxF, weights.up_bias, weights.down_FxD
 
 
 def _zip(arrays: Iterable[Any], specs: Iterable[pl.BlockSpec]) -> list[tuple[Any, pl.BlockSpec]]:
@@ -139,7 +138,7 @@ def _zip(arrays: Iterable[Any], specs: Iterable[pl.BlockSpec]) -> list[tuple[Any
 
 
 def _forward_kernel(plan: Plan, chunk: Any, expert: Any, used: Any, *refs: Any) -> None:
-    x, cos, sin, up, up_bias, down, down_bias, y, u, h, v, z = refs
+    x, cos, sin, up, up_bias, down, y, u, h, v, z = refs
     into_up, out_of_up, into_down, out_of_down = plan.turns
     tile = pl.program_id(0)
     del chunk
@@ -161,18 +160,17 @@ def _forward_kernel(plan: Plan, chunk: Any, expert: Any, used: Any, *refs: Any) 
 
         @_each_block(plan, tile, expert, cos, sin)
         def _(rows: pl.Slice, c: Any, s: Any) -> None:
-            y[rows] = (rotation.turn(out_of_down, z[rows], c, s) + down_bias[:]).astype(y.dtype)
+            y[rows] = rotation.turn(out_of_down, z[rows], c, s).astype(y.dtype)
 
 
 def _backward_kernel(plan: Plan, chunk: Any, expert: Any, used: Any, *refs: Any) -> None:
-    x, y, dy, cos, sin, up, up_bias, down, down_bias, *refs_ = refs
-    dx, d_angles, d_up, d_up_bias, d_down, d_down_bias, u, dz, du, h, v, dv = refs_
+    x, y, dy, cos, sin, up, up_bias, down, dx, d_angles, d_up, d_up_bias, d_down, u, dz, du, h, v, dv = refs
     into_up, out_of_up, into_down, out_of_down = plan.turns
     tile = pl.program_id(0)
 
     @pl.when(tile == 0)
     def _() -> None:
-        for sum_ in (d_up, d_up_bias, d_down, d_down_bias):
+        for sum_ in (d_up, d_up_bias, d_down):
             sum_[:] = jnp.zeros_like(sum_)
 
     @pl.when((tile == 0) | (chunk[tile] != chunk[jnp.maximum(tile - 1, 0)]))
@@ -184,9 +182,7 @@ def _backward_kernel(plan: Plan, chunk: Any, expert: Any, used: Any, *refs: Any)
         @_each_block(plan, tile, expert, cos, sin, d_angles)
         def _(rows: pl.Slice, c: Any, s: Any, d: Any) -> None:
             u[rows] = rotation.turn(into_up, x[rows].astype(jnp.float32), c, s).astype(u.dtype)
-            dy_ = dy[rows].astype(jnp.float32)
-            d_down_bias[:] += dy_.sum(axis=0, keepdims=True)
-            y_ = y[rows].astype(jnp.float32) - down_bias[:]
+            y_, dy_ = y[rows].astype(jnp.float32), dy[rows].astype(jnp.float32)
             dz[rows] = rotation.unturn(out_of_down, y_, dy_, c, s, d)[1].astype(dz.dtype)
 
         h[:] = _product(u[:], up[:])
@@ -240,7 +236,7 @@ class _Call:
 
     def __init__(self, plan: Plan, x_SxD: jax.Array, table: Table, weights: Weights) -> None:
         self.plan, self.grid = plan, (x_SxD.shape[0] // plan.tile,)
-        self.flops_of_product = 2 * plan.rows * math.prod(weights.up_DxF.shape)
+        self.flops_of_product = 2 * plan.slots * math.prod(weights.up_DxF.shape)
         # A tile that is not in use names the rows that are there already, so that nothing moves.
         self.rows = pl.BlockSpec(
             (plan.tile, x_SxD.shape[1]), lambda tile, chunk, expert, used: (jnp.minimum(tile, used[0] - 1), 0)
@@ -283,6 +279,6 @@ class _Call:
         return run(tiles.chunk, tiles.expert, tiles.used, *(array for array, _ in inputs))
 
     def _moved(self, array: Any, spec: pl.BlockSpec) -> int:
-        """Bytes between HBM and VMEM: rows, angles and weights pass once each, however many tiles there are."""
-        rows = self.plan.rows if spec is self.rows else array.shape[0]
+        """Bytes between HBM and VMEM: tiles in use, angles and weights pass once each."""
+        rows = self.plan.slots if spec is self.rows else array.shape[0]
         return rows * math.prod(array.shape[1:]) * array.dtype.itemsize

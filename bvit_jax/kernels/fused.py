@@ -6,6 +6,7 @@ Axes: T tokens, K selected experts, S slots, D d_model, F d_ff, E experts, A ang
 table.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,7 +19,9 @@ from bvit_jax.kernels.cut import Angles, Cut, strips_of
 from bvit_jax.kernels.ffn import BLOCK, Table, Tiles, Weights
 
 
-def apply(cut: Cut, x_TxD: jax.Array, expert_TxK: jax.Array, angles: Angles, weights: Weights) -> jax.Array:
+def apply(
+    cut: Cut, x_TxD: jax.Array, expert_TxK: jax.Array, angles: Angles, weights: Weights, bias_D: jax.Array
+) -> jax.Array:
     """Applies to each token the FFN of each of its experts; gradients run through a kernel too.
 
     Args:
@@ -27,6 +30,8 @@ def apply(cut: Cut, x_TxD: jax.Array, expert_TxK: jax.Array, angles: Angles, wei
         expert_TxK: int32, the experts of each token.
         angles: of all experts.
         weights: shared by all experts; prototypes in the dtype of `x_TxD`.
+        bias_D: of the outputs. It is added here: with it in them, outputs rounded to bfloat16 would no longer tell the
+            gradients of the last rotation.
 
     Returns:
         (T, K, D), dtype of `x_TxD`.
@@ -36,7 +41,9 @@ def apply(cut: Cut, x_TxD: jax.Array, expert_TxK: jax.Array, angles: Angles, wei
     x_SxD = dispatch.to_slots(x_TxD, grouping, copies=top_k)
     strips = [_on_slots(cut, grouping, x_SxD, *strip) for strip in strips_of(cut, angles, weights)]
     y_SxD = functools.reduce(jnp.add, (strip.astype(jnp.float32) for strip in strips)) if len(strips) > 1 else strips[0]
-    return dispatch.to_rows(y_SxD.astype(x_TxD.dtype), grouping).reshape(*expert_TxK.shape, -1)
+    y_NxD = dispatch.to_rows(y_SxD.astype(x_TxD.dtype), grouping)
+    y_NxD = (y_NxD.astype(jnp.float32) + bias_D.astype(jnp.float32).reshape(1, -1)).astype(x_TxD.dtype)
+    return y_NxD.reshape(*expert_TxK.shape, bias_D.shape[0])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -85,6 +92,5 @@ def _table(cut: Cut, angles: Angles) -> Table:
 
 
 def _as_rows(weights: Weights) -> Weights:
-    """Gives the kernels float32 biases of two axes."""
-    up_bias, down_bias = (bias.reshape(1, -1).astype(jnp.float32) for bias in (weights.up_bias, weights.down_bias))
-    return Weights(weights.up_DxF, up_bias, weights.down_FxD, down_bias)
+    """Gives the kernels a float32 bias of two axes."""
+    return dataclasses.replace(weights, up_bias=weights.up_bias.reshape(1, -1).astype(jnp.float32))
