@@ -83,7 +83,7 @@ def read(text: str, rare: str = "", at_most: str = "") -> Program:
         rare: scope (`jax.named_scope`) of exceptional cases, whose loops are taken not to run: one component of the
             name of a loop, bare or in the brackets of a transformation, `jvp(overflow)`; "" for none.
         at_most: likewise, how a scope begins that goes on with a number: how often its loops run at most, and are taken
-            to run where the program does not give a number itself; "" for none. Open loops within them stay open.
+            to run where the program does not give a number itself; "" for none. Loops within those are not in them.
     """
     chips = math.prod(_numbers(" ".join(re.findall(r", (?:num_partitions|replica_count)=\d+", text))))
     computations: dict[str, dict[str, _Op]] = {}  # those called before their callers, the entry last
@@ -178,12 +178,9 @@ def _cost(computation: list[_Op], times: int, scopes: tuple[str, str]) -> Progra
             names = re.findall(r"[^/();]+", _first(_SCOPE, op.text))
             if rare not in names:
                 trips = _trips(op)
-                inner = scopes
                 if trips is None and at_most:
-                    bounds = [re.fullmatch(rf"{at_most}(\d+)", name) for name in names]
-                    trips = next((int(bound[1]) for bound in bounds if bound), None)
-                    inner = (rare, "")  # loops within it have the same scope
-                parts += [_cost(part, times * (1 if trips is None else trips), inner) for part in op.called]
+                    trips = _bound(names, at_most)
+                parts += [_cost(part, times * (1 if trips is None else trips), scopes) for part in op.called]
                 parts.append(Program(open_loops=int(trips is None)))
         elif op.opcode == "conditional":
             branches = [vars(_cost(branch, times, scopes)).values() for branch in op.called]
@@ -214,6 +211,14 @@ def _trips(loop: _Op) -> int | None:
     if raised.opcode != "add" or len(numbers) != 3 or not all(number.lstrip("-").isdigit() for number in numbers):
         return None
     return max(-((int(start) - int(limit)) // int(numbers[2])), 0)
+
+
+def _bound(names: list[str], at_most: str) -> int | None:
+    """Returns how often a loop runs at most, by the scopes between it and the loop that it is in, if any."""
+    own = names[:-1] if names[-1:] == ["while"] else names
+    inner = own[len(own) - own[::-1].index("while") :] if "while" in own else own
+    bounds = [re.fullmatch(rf"{at_most}(\d+)", name) for name in inner]
+    return next((int(bound[1]) for bound in bounds if bound), None)
 
 
 def _source(op: _Op) -> _Op:

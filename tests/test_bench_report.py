@@ -128,7 +128,14 @@ def test_finished_groups_and_programs_are_kept_and_others_timed_whole(tmp_path, 
     ]
     more = dataclasses.replace(SMALL, sizes=("small",), experts=(2, 8, 16))
     write(tmp_path, more, bench_compiled.cases(("layer forward",), ("tiny",), (8, 16), 2))
-    assert machine.timed[asked:] == more.cases(2)
+    # A group in which something is new is timed anew, with all that it had.
+    had = [case for case in SMALL.cases(2) if case.size == "small"]
+    assert set(machine.timed[asked:]) == {*had, *more.cases(2)}
+    fewer = dataclasses.replace(more, experts=(4,))
+    write(tmp_path, fewer, [])
+    stored = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    small = {row["num_experts"] for row in stored if row["size"] == "small" and row["family"] == "standard"}
+    assert small == {2, 4, 8, 16}
     again = [case for case in machine.compiled[len(TO_COMPILE) :] if case.dispatch != "blocks"]
     assert {case.num_experts for case in again} == {16}
     stored = json.loads((tmp_path / "bench.json").read_text())["rows"]

@@ -332,7 +332,8 @@ def shards() -> list[Any]:
     case = Case(Shape(experts=5, chunk=2, tile=32, stages=1), distinct(10, 2, 5))
 
     def one(angles: Any, weights: Any, x: Any, expert_TxK: Any) -> Any:
-        return fused.apply(case.shape.cut, x, expert_TxK, angles, weights)
+        *leaves, bias = weights
+        return fused.apply(case.shape.cut, x, expert_TxK, angles, Weights(*leaves), bias)
 
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     rows, whole = PartitionSpec("data"), PartitionSpec()
@@ -342,7 +343,8 @@ def shards() -> list[Any]:
 
         @jax.jit
         def all_of(function: Any = function) -> Any:
-            y, pull = jax.vjp(lambda *a: function(*a, case.expert_TxK), case.angles, case.weights, case.x)
+            weights = (*jax.tree.leaves(case.weights), case.bias)
+            y, pull = jax.vjp(lambda *a: function(*a, case.expert_TxK), case.angles, weights, case.x)
             return y, *pull(jnp.asarray(case.dy))
 
         results.append(jax.tree.map(np.asarray, jax.tree.leaves(all_of())))
