@@ -5,7 +5,8 @@ A stage splits the D channels into disjoint pairs and turns each pair by its own
     y1 = c * x1 - s * x2        y2 = s * x1 + c * x2        c = cos(angle), s = sin(angle)
 
 and a rotation B(angles) is the product of L stages. Every stage is a permuted block-diagonal of 2 x 2 rotations,
-so B is orthogonal for every D, every L and every value of the angles; nothing is padded or cut off.
+so B is orthogonal for every D, every L and all angles (float32 ones of up to a million radians, beyond which they are
+too coarse); nothing is padded or cut off.
 
 **Which channel meets which.** Write D = 2^a * q with q odd.
 

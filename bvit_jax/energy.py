@@ -21,8 +21,8 @@ read or written.
 - Activations: float32, read from and written to on-chip memory. The router reads D and writes E numbers a token; each
   matrix product reads its inputs and writes its outputs; the weighted sum reads K rows and writes one.
 - Rotations: their activations, apart. Each stage reads and writes both members of a pair and reads its sine and cosine:
-  6 numbers an angle. A fused kernel that keeps rows in registers would move next to none of them, so the saving is
-  given both ways, with them and (`saving_fused`) without.
+  6 numbers an angle. A kernel that keeps rows on chip, as the project's own for TPUs does (`bvit_jax/kernels`), moves
+  next to none of them, so the saving is given both ways, with them and (`saving_fused`) without.
 - Arithmetic: a weight is a multiply and an add (float32, bfloat16, integers), or for ternary weights one add, zeros
   included. Scales are one multiply an output (of a `tied` prototype run backwards, an input). A pair turned is 4
   multiplies and 2 adds. Router and weighted sum are multiply-adds.

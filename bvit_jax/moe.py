@@ -168,8 +168,8 @@ class ButterflyMoe(nn.Module):
       d_model projection W_out shared by all experts, as in the public PyTorch code.
 
     Biases are shared by all experts. Every row (token x choice) is turned by its own expert's angles, and one dense
-    product with the prototype serves them all, so the cost does not grow with the number of experts. On a mesh every
-    device holds all angles and prototypes and turns its own tokens: none travels.
+    product with the prototype serves them all: with more experts the router and padding (`bvit_jax.rotated`) cost more,
+    and nothing else. On a mesh every device holds all angles and prototypes and turns its own tokens: none travels.
     """
 
     config: ModelConfig

@@ -356,3 +356,11 @@ def test_shards_of_two_devices_give_what_one_gives() -> None:
     assert len(one) == 1 + 4 + 4 + 1
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+
+
+def test_a_large_bias_does_not_round_away_the_gradients_of_the_last_rotation() -> None:
+    case = Case(Shape(experts=3, stages=1, dtype="bfloat16"), distinct(10, 2, 3))
+    small = run(case)
+    case.bias = case.bias + np.asarray(1000, case.bias.dtype)
+    for a, b in zip(jax.tree.leaves(run(case)[1:]), jax.tree.leaves(small[1:]), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -194,6 +194,23 @@ def test_many_rows_by_auto() -> None:
 # Which path
 
 
+@pytest.mark.parametrize("path", ["rows", "blocks", "fused", "auto"])
+@pytest.mark.parametrize("form", ["separate", "reference"])
+def test_no_images_have_no_outputs(path: str, form: str) -> None:
+    if path == "fused" and form == "reference":
+        return
+    config = model(dispatch=path, form=form, d_model=128, d_ff=256)
+    x, expert = jnp.zeros((0, 5, 128), jnp.bfloat16), jnp.zeros((0, 5, 2), jnp.int32)
+    y = rotated.apply(config, {}, x, expert)
+    assert (y.shape, y.dtype) == ((0, 5, 2, 256 if form == "reference" else 128), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("path", ["rows", "blocks"])
+def test_programs_for_several_platforms_at_once(path: str) -> None:
+    lowered = traced(model(dispatch=path)).lower(lowering_platforms=("cpu", "tpu"))
+    assert "tpu_custom_call" not in lowered.as_text()
+
+
 def traced(config: ModelConfig, tokens: int = 20) -> Any:
     params = Case(config, np.zeros((1, config.top_k), int)).params
     x = jax.ShapeDtypeStruct((1, tokens, config.d_model), jnp.dtype(config.compute_dtype))
