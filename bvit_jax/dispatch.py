@@ -68,20 +68,26 @@ def group(expert_N: jax.Array, num_experts: int, block: int = 0, tile: int = 0, 
     """
     num_rows, chunk = expert_N.shape[0], chunk or num_experts
     height = block or 1
-    counts_E = jnp.bincount(expert_N, length=num_experts)
+    # Sorted, searched and gathered: TPUs scatter slowly, and libtpu's compiler aborts on some scatters of many slots.
+    order_N = jnp.argsort(expert_N, stable=True)
+    first_E = jnp.searchsorted(expert_N[order_N], jnp.arange(num_experts + 1, dtype=expert_N.dtype))
+    counts_E, first_E = jnp.diff(first_E), first_E[:-1]
     sizes_E = -(-counts_E // height) * height
     if tile:  # the last expert of a chunk takes what fills the tile: kernels leave what belongs to nobody as it was
-        starts = np.arange(0, num_experts, chunk)
-        missing_c = -jnp.add.reduceat(sizes_E, starts) % tile
-        sizes_E = sizes_E.at[np.minimum(starts + chunk, num_experts) - 1].add(missing_c)
+        chunk_E = np.arange(num_experts) // chunk
+        of_chunks = jnp.pad(sizes_E, (0, -num_experts % chunk)).reshape(-1, chunk).sum(axis=1)
+        is_last_E = np.append(chunk_E[1:] != chunk_E[:-1], True)
+        sizes_E = sizes_E + jnp.where(is_last_E, (-of_chunks % tile)[chunk_E], 0)
     num_slots = _most_slots(num_rows, num_experts, height, tile or height, chunk)
-    order_N = jnp.argsort(expert_N, stable=True)
-    rank_N = jnp.zeros(num_rows, jnp.int32).at[order_N].set(jnp.arange(num_rows, dtype=jnp.int32))
-    shift_E = (jnp.cumsum(sizes_E) - sizes_E) - (jnp.cumsum(counts_E) - counts_E)
-    slot_N = (rank_N + shift_E[expert_N]).astype(jnp.int32)
-    row_S = jnp.full(num_slots, num_rows, jnp.int32).at[slot_N].set(jnp.arange(num_rows, dtype=jnp.int32))
-    expert_S = jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(num_slots), side="right")
-    expert_S = jnp.minimum(expert_S, num_experts - 1).astype(jnp.int32)  # trailing slots hold no rows
+    start_E, end_E = jnp.cumsum(sizes_E) - sizes_E, jnp.cumsum(sizes_E)
+    slot_N = jnp.argsort(order_N) + (start_E - first_E)[expert_N]
+    slots_S = jnp.arange(num_slots, dtype=jnp.int32)
+    expert_S = jnp.searchsorted(end_E, slots_S, side="right")
+    expert_S = jnp.minimum(expert_S, num_experts - 1)  # trailing slots hold no rows
+    place_S = slots_S - start_E[expert_S]
+    row_S = order_N.at[first_E[expert_S] + place_S].get(mode="clip")
+    row_S = jnp.where(place_S < counts_E[expert_S], row_S, num_rows)
+    slot_N, row_S, expert_S = (array.astype(jnp.int32) for array in (slot_N, row_S, expert_S))
     return Grouping(slot_N, row_S, expert_S, sizes_E.astype(jnp.int32), block, tile, chunk)
 
 
