@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bvit_jax import bench, blocks, hlo, sharding, topology
-from bvit_jax.bench import Case, Job
+from bvit_jax import bench, bench_cases, blocks, hlo, sharding, topology
+from bvit_jax.bench_cases import Case, Job
 from bvit_jax.config import Config
 from bvit_jax.model_config import Form
 
@@ -68,7 +68,7 @@ class CompiledRow:
     def from_dict(cls, row: dict[str, Any]) -> "CompiledRow":
         """Undoes `to_dict`."""
         own = {field.name: row[field.name] for field in dataclasses.fields(cls) if field.name != "case"}
-        return cls(bench.case_of(row), **own)
+        return cls(bench_cases.case_of(row), **own)
 
 
 def compiler() -> dict[str, Any]:
@@ -81,7 +81,7 @@ def cases(
     sizes: Sequence[str],
     experts: Sequence[int],
     stages: int,
-    forms: Sequence[Form] = bench.FORMS,
+    forms: Sequence[Form] = bench_cases.FORMS,
 ) -> list[Case]:
     """Lists what to compile; a training step is that of `TRAIN_SIZE`.
 
@@ -89,7 +89,7 @@ def cases(
     with the most experts up to 64, and the form `tied` but with as many.
     """
     mixtures = [number for number in experts if number >= TOP_K]
-    few = [number for number in mixtures if number <= bench.MANY_EXPERTS][-1:]
+    few = [number for number in mixtures if number <= bench_cases.MANY_EXPERTS][-1:]
     found = []
     for job in jobs:
         train = job == "train step"
@@ -101,7 +101,7 @@ def cases(
             for number in numbers:
                 case = functools.partial(Case, job, size, TOP_K)
                 here = [form for form in forms if form == "separate" or number in few]
-                kinds = [(form, dispatch) for form in here for dispatch in bench.DISPATCHES if dispatch != "auto"]
+                kinds = [(form, dispatch) for form in here for dispatch in bench_cases.DISPATCHES if dispatch != "auto"]
                 found += [case("standard", number), *(case("butterfly", number, *kind, stages) for kind in kinds)]
     return found
 

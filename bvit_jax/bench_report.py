@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import jax
 from tqdm import tqdm
 
-from bvit_jax import bench, bench_compiled, files, plots, workdir
-from bvit_jax.bench import Case, Group, Row
+from bvit_jax import bench, bench_cases, bench_compiled, files, plots, workdir
+from bvit_jax.bench_cases import Case, Group, Row
 from bvit_jax.bench_compiled import CompiledRow
 from bvit_jax.config import Config
 from bvit_jax.model_config import VARIANTS, ConfigError
@@ -129,7 +129,7 @@ def _read(
 
 def _place(case: Case) -> tuple[int, int, int]:
     """Sorts groups; cases added later come to where they belong."""
-    return bench.JOBS.index(case.job), list(VARIANTS).index(case.size), case.top_k
+    return bench_cases.JOBS.index(case.job), list(VARIANTS).index(case.size), case.top_k
 
 
 def title(group: Group) -> str:
@@ -179,7 +179,7 @@ def _spread(row: Row) -> float:
 def facts(rows: Sequence[Row]) -> list[str]:
     """Says, group by group, what many experts cost over few, butterflies over stored experts, full depth over little.
 
-    Few are the fewest but one, of which there is no mixture.
+    Few are the smallest number above 1: one expert is no mixture.
     """
     said = []
     for group, here in _by_group(rows).items():
@@ -259,7 +259,7 @@ LEGEND = (
     "layer on k times the tokens, which is top-k work without any routing; of a training step, the whole model on k "
     "times the images. spread: the largest distance between quartiles, over the median. temp: what the program holds "
     "beside inputs and outputs, at most, by the compiler's account. Not timed: "
-    f"{bench.LEFT_OUT}."
+    f"{bench_cases.LEFT_OUT}."
 )
 COMPILED_LEGEND = (
     f"One chip of {bench_compiled.TOPOLOGY}, bfloat16, by the TPU compiler (libtpu); nothing ran. rows: tokens times "

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bvit_jax import bench
+from bvit_jax import bench_cases
 from bvit_jax.compiled import Row
 from bvit_jax.scaling import Point, by_variant, growth
 from bvit_jax.sweep import Summary
@@ -60,7 +60,7 @@ def compile_plot(rows: Sequence[Row], title: str, path: Path) -> Path:
     return _draw(path, partial(_compiled, rows=rows, title=title), size=(8.0, height))
 
 
-def bench_plot(rows: Sequence[bench.Row], title: str, path: Path) -> Path:
+def bench_plot(rows: Sequence[bench_cases.Row], title: str, path: Path) -> Path:
     """Draws time relative to a dense layer against experts, a panel a job and size, at the largest top-k of each.
 
     Args:
@@ -238,7 +238,7 @@ def _compiled_line(
         axes.plot(numbers, tops, marker=style["marker"], color=style["color"], mfc="white", linestyle="", zorder=3)
 
 
-def _timed(figure: Figure, panels: Sequence[Sequence[bench.Row]], title: str) -> None:
+def _timed(figure: Figure, panels: Sequence[Sequence[bench_cases.Row]], title: str) -> None:
     across = min(len(panels), 3)
     for index, rows in enumerate(panels):
         _timed_panel(figure.add_subplot(-(-len(panels) // across), across, index + 1), rows)
@@ -249,11 +249,11 @@ def _timed(figure: Figure, panels: Sequence[Sequence[bench.Row]], title: str) ->
     figure.suptitle(f"{title}; bars: quartiles", fontsize=9)
 
 
-def _timed_panel(axes: Axes, rows: Sequence[bench.Row]) -> None:
+def _timed_panel(axes: Axes, rows: Sequence[bench_cases.Row]) -> None:
     """Draws one group: a line a variant, and dense layers as levels."""
     little = min((row.case.stages for row in rows if row.case.stages), default=None)
-    colours = {dispatch: _COLOURS[index + 1] for index, dispatch in enumerate((None, *bench.DISPATCHES))}
-    lines: dict[str, list[bench.Row]] = {}
+    colours = {dispatch: _COLOURS[index + 1] for index, dispatch in enumerate((None, *bench_cases.DISPATCHES))}
+    lines: dict[str, list[bench_cases.Row]] = {}
     for row in rows:
         if row.relative is not None and row.case.stages in (None, little):
             lines.setdefault(row.case.name, []).append(row)

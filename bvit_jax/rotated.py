@@ -1,8 +1,8 @@
 """FFN of experts that are rotations of shared prototypes, by three paths that give the same result.
 
 Every path turns each row (a token and one of its experts) by the angles of its expert and multiplies all rows by the
-same prototypes, so that the cost does not grow with the number of experts. No row is dropped. They differ in how rows
-meet their angles:
+same prototypes, so that the cost grows with the number of experts by padding alone. No row is dropped. They differ in
+how rows meet their angles:
 
 - `rows`: each row takes a copy of its expert's cosines and sines. For few rows.
 - `blocks`: rows are sorted by expert and padded so that a block of them shares one copy. For XLA on any device.

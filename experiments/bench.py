@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from absl import flags
 
-from bvit_jax import bench, bench_compiled, bench_report, config, topology
-from bvit_jax.bench import Case, Plan
+from bvit_jax import bench_cases, bench_compiled, bench_report, config, topology
+from bvit_jax.bench_cases import Case, Plan
 from bvit_jax.bench_report import Sheet
 from bvit_jax.config import Config
 from bvit_jax.model_config import VARIANTS, ComputeDtype, ConfigError, require, require_choice
@@ -25,7 +25,7 @@ from configs import paper
 from experiments import entry, number_flags, tables
 
 DEFAULTS: dict[str, Any] = {
-    "jobs": bench.JOBS,
+    "jobs": bench_cases.JOBS,
     "sizes": ("tiny", "small", "paper"),
     "experts": ("1", "8", "64", "256"),
     "top_k": ("1", "2"),
@@ -47,7 +47,7 @@ def _help(text: str, name: str) -> str:
     return f"{text} {shown[0]} if left out; {shown[1]} with --quick."
 
 
-_JOBS = flags.DEFINE_list("jobs", None, _help(f"What to time, of {', '.join(bench.JOBS)}; comma between.", "jobs"))
+_JOBS = flags.DEFINE_list("jobs", None, _help(f"Of {', '.join(bench_cases.JOBS)}; comma between.", "jobs"))
 _SIZES = flags.DEFINE_list("sizes", None, _help(f"Shapes to time, of {', '.join(VARIANTS)}, comma between.", "sizes"))
 _EXPERTS = flags.DEFINE_list("experts", None, _help("Numbers of experts, comma between.", "experts"))
 _TOP_K = flags.DEFINE_list("top_k", None, _help("Experts a token, comma between.", "top_k"))
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     base = _base()
     plan = Plan(
-        jobs=_chosen("jobs", _given(_JOBS), bench.JOBS),
+        jobs=_chosen("jobs", _given(_JOBS), bench_cases.JOBS),
         sizes=_chosen("sizes", _given(_SIZES), tuple(VARIANTS)),
         experts=number_flags.numbers("experts", _given(_EXPERTS)),
         top_k=number_flags.numbers("top_k", _given(_TOP_K)),
@@ -117,7 +117,7 @@ def _to_compile(base: Config, plan: Plan) -> list[Case]:
     except ConfigError as error:
         print(f"no table of the TPU compiler: {error}")
         return []
-    experts, forms = (plan.experts[-1:], bench.FORMS[:1]) if _QUICK.value else (plan.experts, bench.FORMS)
+    experts, forms = (plan.experts[-1:], bench_cases.FORMS[:1]) if _QUICK.value else (plan.experts, bench_cases.FORMS)
     return bench_compiled.cases(plan.jobs, sizes, experts, base.model.num_stages, forms)
 
 

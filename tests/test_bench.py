@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bvit_jax import bench, vit
-from bvit_jax.bench import Case, Plan, Row
+from bvit_jax import bench, bench_cases, vit
+from bvit_jax.bench_cases import Case, Plan, Row
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError, ModelConfig
 from tests.conftest import make_config
 
-PLAN = Plan(bench.JOBS, ("tiny", "small"), (1, 8, 64, 256), (1, 2))
+PLAN = Plan(bench_cases.JOBS, ("tiny", "small"), (1, 8, 64, 256), (1, 2))
 FORWARD = Case("layer forward", "tiny", 2, "dense")
 MIXTURE = dataclasses.replace(FORWARD, family="standard", num_experts=4)
 ROTATED = dataclasses.replace(FORWARD, family="butterfly", num_experts=4, form="separate", dispatch="rows", stages=2)
@@ -55,7 +55,7 @@ def test_what_says_little_is_left_out():
     assert {case.form for case in top_1} == {None, "separate"}
     assert {case.group for case in PLAN.cases(2) if case.job == "train step"} == {("train step", "small", 2)}
     assert {case.num_experts for case in in_group("train step", "small", 2)} == {1, 8, 64}
-    assert Plan(bench.JOBS, ("tiny",), (1,), (2,)).cases(2) == []
+    assert Plan(bench_cases.JOBS, ("tiny",), (1,), (2,)).cases(2) == []
 
 
 def test_a_case_reaches_the_model_and_the_batch(base):
@@ -85,7 +85,7 @@ def test_a_backward_pass_returns_the_gradients_of_parameters_and_input(base):
     model = bench.config_of(base, ROTATED).model
     params = jax.jit(lambda key: bench.init_layer(model, key))(jax.random.key(0))
     x_BxTxD = jax.random.normal(jax.random.key(1), (2, 17, 64))
-    forward, backward = (jax.jit(bench.layer_function(model, job)) for job in bench.JOBS[:2])
+    forward, backward = (jax.jit(bench.layer_function(model, job)) for job in bench_cases.JOBS[:2])
     loss, (d_params, d_x) = backward(params, x_BxTxD)
     assert loss == pytest.approx(float(jnp.mean(forward(params, x_BxTxD) ** 2)), rel=1e-5)
     assert jax.tree.map(jnp.shape, d_params) == jax.tree.map(jnp.shape, params)

@@ -4,8 +4,8 @@ import json
 import jax
 import pytest
 
-from bvit_jax import bench, bench_compiled, topology
-from bvit_jax.bench import Case
+from bvit_jax import bench, bench_cases, bench_compiled, topology
+from bvit_jax.bench_cases import Case
 from bvit_jax.bench_compiled import CompiledRow
 from tests.conftest import make_config
 
@@ -14,7 +14,7 @@ BASE = make_config("butterfly,4")
 
 
 def test_cases_are_every_kind_and_path_but_auto():
-    found = bench_compiled.cases(bench.JOBS, ("paper", "vit_b16"), (1, 8, 64, 256), 2)
+    found = bench_compiled.cases(bench_cases.JOBS, ("paper", "vit_b16"), (1, 8, 64, 256), 2)
     assert len(found) == len(set(found))
     here = [case for case in found if (case.job, case.size) == ("layer forward", "vit_b16")]
     paths = ("rows", "blocks", "fused")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bvit_jax import bench, bench_compiled, bench_report, plots
-from bvit_jax.bench import Case, Plan, Row
+from bvit_jax.bench_cases import Case, Plan, Row
 from bvit_jax.bench_compiled import CompiledRow
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
