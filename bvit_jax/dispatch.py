@@ -66,7 +66,8 @@ def group(expert_N: jax.Array, num_experts: int, block: int = 0, tile: int = 0, 
 
         With neither block nor tile slots are the sorted rows without padding.
     """
-    num_rows, chunk = expert_N.shape[0], chunk or num_experts
+    expert_N, chunk = jnp.asarray(expert_N), chunk or num_experts
+    num_rows = expert_N.shape[0]
     height = block or 1
     # Sorted, searched and gathered: TPUs scatter slowly, and libtpu's compiler aborts on some scatters of many slots.
     order_N = jnp.argsort(expert_N, stable=True)

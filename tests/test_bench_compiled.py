@@ -52,7 +52,10 @@ def few_rows(monkeypatch):
 
 def test_a_layer_is_compiled_for_a_chip(few_rows, monkeypatch):
     cached: list[object] = []
-    monkeypatch.setattr(topology, "compile_uncached", lambda lowered: cached.append(lowered) or lowered.compile())
+    compile_uncached = topology.compile_uncached
+    monkeypatch.setattr(
+        topology, "compile_uncached", lambda lowered: cached.append(lowered) or compile_uncached(lowered)
+    )
     row = bench_compiled.compile_case(BASE, DENSE)
     assert (row.status, row.error, row.rows) == ("ok", "", 2 * 17)
     # Two products of 34 rows with 64 x 128 weights, two operations a multiply-add.

@@ -114,7 +114,8 @@ def without(name: str) -> tuple[dict[str, Any], bytes]:
     return header, tensors[:start] + tensors[end:]
 
 
-NOT_AS_WRITTEN = "its metadata is not what this library writes"
+# A header that grows over a multiple of 8 bytes is refused by its size first.
+NOT_AS_WRITTEN = "its metadata is not what this library writes|the model in its header takes"
 
 
 def is_refused(raw: bytes, match: str | None = None) -> None:
@@ -417,9 +418,7 @@ def test_other_versions_are_refused(version: object) -> None:
 
 @pytest.mark.parametrize("version", [True, 1.0])
 def test_versions_that_equal_one_are_not_the_text_that_is_written(version: object) -> None:
-    is_refused(
-        with_content(lambda content: content.update(version=version)), "its metadata is not what this library writes"
-    )
+    is_refused(with_content(lambda content: content.update(version=version)), NOT_AS_WRITTEN)
 
 
 def test_other_versions_may_have_other_fields() -> None:
