@@ -6,8 +6,8 @@ out (`LEFT_OUT`).
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Self, get_args
 
 from bvit_jax import butterfly
 from bvit_jax.model_config import VARIANTS, Dispatch, Family, Form
@@ -102,8 +102,27 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A case and what came of it; None where it did not run.
+class OfCase:
+    """What came of a case."""
+
+    case: Case
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain data without nesting: a row of a CSV file."""
+        row = dataclasses.asdict(self)
+        return row.pop("case") | {"name": self.case.name} | row
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Self:
+        """Undoes `to_dict`."""
+        case = Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+        own = {field.name: row[field.name] for field in dataclasses.fields(cls) if field.name != "case"}
+        return cls(case, **own)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(OfCase):
+    """A case as timed; None where it did not run.
 
     Attributes:
         tokens: that go in, over all images.
@@ -116,7 +135,6 @@ class Row:
         flops: by the compiler's account, which counts the body of a loop once.
     """
 
-    case: Case
     tokens: int
     status: str
     error: str = ""
@@ -128,18 +146,21 @@ class Row:
     temp_bytes: int | None = None
     flops: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain data without nesting: a row of `bench.csv`."""
-        row = dataclasses.asdict(self)
-        return row.pop("case") | {"name": self.case.name} | row
 
-    @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> "Row":
-        """Undoes `to_dict`."""
-        own = {field.name: row[field.name] for field in dataclasses.fields(cls) if field.name != "case"}
-        return cls(case_of(row), **own)
+def title(group: Group) -> str:
+    """Names a group."""
+    job, size, top_k = group
+    return f"{job}, {size}, top-{top_k}"
 
 
-def case_of(row: dict[str, Any]) -> Case:
-    """Reads the case from a row as plain data."""
-    return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})
+FULL_DEPTH = ", full depth"
+
+
+def lines(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """Splits a group's rows by name, those of deeper rotations with `FULL_DEPTH`, and by number of experts."""
+    little = min((row.case.stages for row in rows if row.case.stages), default=None)
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        name = row.case.name + ("" if row.case.stages in (None, little) else FULL_DEPTH)
+        found.setdefault(name, {})[row.case.num_experts] = row
+    return found

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bvit_jax import bench, bench_cases, blocks, hlo, sharding, topology
-from bvit_jax.bench_cases import Case, Job
+from bvit_jax import bench, bench_cases, sharding, topology
+from bvit_jax.bench_cases import Case, Job, OfCase
 from bvit_jax.config import Config
 from bvit_jax.model_config import Form
 
@@ -31,7 +31,7 @@ _KERNEL_BYTES = re.compile(r'custom_call_target="tpu_custom_call".*"cost_estimat
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledRow:
+class CompiledRow(OfCase):
     """A case and what its program costs one chip, by the compiler; None where there is no program.
 
     Attributes:
@@ -47,7 +47,6 @@ class CompiledRow:
         error: why there is no program.
     """
 
-    case: Case
     rows: int
     status: str
     hbm_bytes: int | None = None
@@ -58,17 +57,6 @@ class CompiledRow:
     peak_bytes: int | None = None
     compile_seconds: float | None = None
     error: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain data without nesting: a row of `compiled.csv`."""
-        row = dataclasses.asdict(self)
-        return row.pop("case") | {"name": self.case.name} | row
-
-    @classmethod
-    def from_dict(cls, row: dict[str, Any]) -> "CompiledRow":
-        """Undoes `to_dict`."""
-        own = {field.name: row[field.name] for field in dataclasses.fields(cls) if field.name != "case"}
-        return cls(bench_cases.case_of(row), **own)
 
 
 def compiler() -> dict[str, Any]:
@@ -149,17 +137,12 @@ def _build(config: Config, job: Job) -> jax.stages.Compiled:
 
 
 def _read(program: jax.stages.Compiled) -> dict[str, Any]:
-    memory: Any = program.memory_analysis()
-    cost: Any = program.cost_analysis()
-    text = str(program.as_text())
-    found = hlo.read(text, at_most=blocks.AT_MOST_SCOPE)
+    found = topology.read(program)
     return {
-        "hbm_bytes": found.hbm_bytes,
-        "accessed_bytes": float(cost["bytes accessed"]),
-        "kernel_bytes": kernel_bytes(text),
-        "matmul_flops": found.matmul_flops,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": memory.peak_memory_in_bytes,
+        "hbm_bytes": found["traffic_bytes"],
+        "accessed_bytes": found["accessed_unlooped"],
+        "kernel_bytes": kernel_bytes(str(program.as_text())),
+        **{name: found[name] for name in ("matmul_flops", "temp_bytes", "peak_bytes")},
     }
 
 

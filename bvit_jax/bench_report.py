@@ -87,7 +87,7 @@ def _time(
     steps = (1 + repetitions) * sum(not bench.unfit(case) for case in anew)
     with tqdm(total=steps, unit="run", disable=None, leave=False) as bar:
         for group in missing:
-            bar.set_description(title(group))
+            bar.set_description(bench_cases.title(group))
             cases = list(dict.fromkeys(case for case in (*rows, *wanted) if case.group == group))
             measured = bench.measure(base, cases, repetitions, bar.update)
             rows = {case: row for case, row in rows.items() if case.group != group}
@@ -132,12 +132,6 @@ def _place(case: Case) -> tuple[int, int, int]:
     return bench_cases.JOBS.index(case.job), list(VARIANTS).index(case.size), case.top_k
 
 
-def title(group: Group) -> str:
-    """Names a group."""
-    job, size, top_k = group
-    return f"{job}, {size}, top-{top_k}"
-
-
 def describe(where: dict[str, Any]) -> str:
     """Says in a line what the benchmark ran on."""
     return f"{where['device_kind']}, cores: {where['cores']}, jax {where['jax']}"
@@ -152,7 +146,7 @@ def _sheet(group: Group, rows: Sequence[Row]) -> Sheet:
     shape = VARIANTS[group[1]]
     experts = sorted({row.case.num_experts for row in rows if row.case.family != "dense"})
     lines = []
-    for name, line in _lines(rows).items():
+    for name, line in bench_cases.lines(rows).items():
         # A dense layer has no experts: its one figure stands under every number.
         dense = all(row.case.family == "dense" for row in line.values())
         cells = [_cell(line.get(1 if dense else number)) for number in experts]
@@ -162,7 +156,7 @@ def _sheet(group: Group, rows: Sequence[Row]) -> Sheet:
         lines.append((name, *cells, *((f"{100 * spread:.0f}", f"{held / 1e6:,.1f}") if ran else ("", ""))))
     size = f"d_model {shape.d_model}, d_ff {shape.d_ff}, {min(row.tokens for row in rows):,} tokens"
     heads = ("", *[_experts(number) for number in experts], "spread %", "temp MB")
-    return Sheet(f"{title(group)}: {size}", heads, tuple(lines))
+    return Sheet(f"{bench_cases.title(group)}: {size}", heads, tuple(lines))
 
 
 def _cell(row: Row | None) -> str:
@@ -183,8 +177,8 @@ def facts(rows: Sequence[Row]) -> list[str]:
     """
     said = []
     for group, here in _by_group(rows).items():
-        lines = {name: line for name, line in _lines(here).items() if not name.startswith("dense")}
-        little = {name: line for name, line in lines.items() if not name.endswith(_DEEP)}
+        lines = {name: line for name, line in bench_cases.lines(here).items() if not name.startswith("dense")}
+        little = {name: line for name, line in lines.items() if not name.endswith(bench_cases.FULL_DEPTH)}
         several = sorted({number for line in little.values() for number in line if number > 1})
         if len(several) > 1:
             few, many = several[0], several[-1]
@@ -196,11 +190,11 @@ def facts(rows: Sequence[Row]) -> list[str]:
             said.append((group, f"butterfly over standard, {number} experts", ratios | {"standard": None}))
         ratios = {}
         for name, line in little.items():
-            for number, row in lines.get(name + _DEEP, {}).items():
+            for number, row in lines.get(name + bench_cases.FULL_DEPTH, {}).items():
                 ratios[name] = _ratio(row, line.get(number))
         said.append((group, "full depth over little", ratios))
     shown = [(group, what, _listed(ratios)) for group, what, ratios in said]
-    return [f"{title(group)}, time of {what}: {ratios}" for group, what, ratios in shown if ratios]
+    return [f"{bench_cases.title(group)}, time of {what}: {ratios}" for group, what, ratios in shown if ratios]
 
 
 def _ratio(one: Row | None, other: Row | None) -> float | None:
@@ -292,19 +286,6 @@ def _by_group(rows: Sequence[Row]) -> dict[Group, list[Row]]:
     for row in rows:
         groups.setdefault(row.case.group, []).append(row)
     return groups
-
-
-_DEEP = ", full depth"
-
-
-def _lines(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """Splits a group's rows by name, rotations of full depth apart, and by number of experts."""
-    little = min((row.case.stages for row in rows if row.case.stages), default=None)
-    lines: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        name = row.case.name + ("" if row.case.stages in (None, little) else _DEEP)
-        lines.setdefault(name, {})[row.case.num_experts] = row
-    return lines
 
 
 def _experts(number: int) -> str:

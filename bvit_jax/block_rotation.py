@@ -67,13 +67,12 @@ class Pass:
             (stage,) = self.stages
             shape = (-1, 1, stage.outer, len(stage.first), stage.inner)
             return [[(0, 1, cos.reshape(shape), sin.reshape(shape))]]
-        turns, start = [], 0
-        for stage in self.stages:
+        turns = []
+        tables = (butterfly.by_stage(self.stages, table) for table in (cos, sin))
+        for stage, *own in zip(self.stages, *tables, strict=True):
             pairs = ((0, 1), (2, 3)) if stage.inner == self._inner else ((0, 2), (1, 3))
-            own = slice(start, start + stage.num_angles)
-            c, s = (table[:, own].reshape(table.shape[0], 1, -1, 2, self._inner) for table in (cos, sin))
+            c, s = (table.reshape(table.shape[0], 1, -1, 2, self._inner) for table in own)
             turns.append([(first, second, c[..., i, :], s[..., i, :]) for i, (first, second) in enumerate(pairs)])
-            start += stage.num_angles
         return turns
 
     @property
@@ -129,13 +128,13 @@ def restore(plan: Plan, x: jax.Array, end: int) -> jax.Array:
 
 def arrange_angles(plan: Plan, angles_ExA: jax.Array) -> jax.Array:
     """Orders angles as the passes take them."""
-    parts, start = [angles_ExA[:, :0]], 0
-    for one in plan.passes:
-        for stage in one.stages:
-            part = angles_ExA[:, start : start + stage.num_angles]
-            parts.append(_transposed(part, plan.dim // plan.run) if one.near else part)
-            start += stage.num_angles
-    return jnp.concatenate(parts, axis=-1)
+    near = [one.near for one in plan.passes for _ in one.stages]
+    stages = tuple(stage for one in plan.passes for stage in one.stages)
+    parts = [
+        _transposed(part, plan.dim // plan.run) if is_near else part
+        for is_near, part in zip(near, butterfly.by_stage(stages, angles_ExA), strict=True)
+    ]
+    return jnp.concatenate([angles_ExA[:, :0], *parts], axis=-1)
 
 
 def turn(plan: Plan, x_PxbxD: jax.Array, table: Table, inverse: bool) -> jax.Array:

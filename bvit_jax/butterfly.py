@@ -29,6 +29,7 @@ References:
 
 import dataclasses
 import functools
+import itertools
 from typing import Literal
 
 import jax
@@ -103,6 +104,12 @@ def make_stages(dim: int, num_stages: int, order: StrideOrder = "descending") ->
 def num_angles(stages: Stages) -> int:
     """Number of angles A of one rotation; L * D / 2 where every stage pairs all channels."""
     return sum(stage.num_angles for stage in stages)
+
+
+def by_stage(stages: Stages, x: jax.Array) -> list[jax.Array]:
+    """Splits the last axis, which runs over the angles of all stages, into those of each."""
+    ends = itertools.accumulate(stage.num_angles for stage in stages)
+    return [x[..., end - stage.num_angles : end] for stage, end in zip(stages, ends, strict=True)]
 
 
 def cos_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -193,13 +200,13 @@ def _rotate_backward(
     x_dtype = y.dtype
     walk = _in_order(stages, angles, expert, y, inverse)
     y, dy = y.astype(walk[0][1].dtype), dy.astype(walk[0][1].dtype)
-    by_stage: list[jax.Array] = []
+    gradients: list[jax.Array] = []
     for stage, cos, sin in reversed(walk):
         (y1, y2, y_alone), (dy1, dy2, dy_alone) = split(stage, y), split(stage, dy)
-        by_stage.append((dy2 * y1 - dy1 * y2).reshape(-1, stage.num_angles))
+        gradients.append((dy2 * y1 - dy1 * y2).reshape(-1, stage.num_angles))
         y = join(stage, *_turn(y1, y2, y_alone, cos, -sin))
         dy = join(stage, *_turn(dy1, dy2, dy_alone, cos, -sin))
-    d_angles_NxA = jnp.concatenate(by_stage if inverse else by_stage[::-1], axis=-1)
+    d_angles_NxA = jnp.concatenate(gradients if inverse else gradients[::-1], axis=-1)
     if expert is None:
         d_angles = d_angles_NxA.sum(axis=0)
     else:
@@ -220,12 +227,9 @@ def _in_order(
     rows = table.reshape(*(1,) * (x.ndim - 1), -1) if expert is None else table[expert]
     cos, sin = jnp.split(rows, 2, axis=-1)
     walk = []
-    start = 0
-    for stage in stages:
+    for stage, c, s in zip(stages, by_stage(stages, cos), by_stage(stages, sin), strict=True):
         shape = (*cos.shape[:-1], stage.outer, len(stage.first), stage.inner)
-        part = slice(start, start + stage.num_angles)
-        walk.append((stage, cos[..., part].reshape(shape), sin[..., part].reshape(shape)))
-        start += stage.num_angles
+        walk.append((stage, c.reshape(shape), s.reshape(shape)))
     return walk[::-1] if inverse else walk
 
 

@@ -251,13 +251,11 @@ def _timed(figure: Figure, panels: Sequence[Sequence[bench_cases.Row]], title: s
 
 def _timed_panel(axes: Axes, rows: Sequence[bench_cases.Row]) -> None:
     """Draws one group: a line a variant, and dense layers as levels."""
-    little = min((row.case.stages for row in rows if row.case.stages), default=None)
     colours = {dispatch: _COLOURS[index + 1] for index, dispatch in enumerate((None, *bench_cases.DISPATCHES))}
-    lines: dict[str, list[bench_cases.Row]] = {}
-    for row in rows:
-        if row.relative is not None and row.case.stages in (None, little):
-            lines.setdefault(row.case.name, []).append(row)
-    for name, line in lines.items():
+    for name, by_experts in bench_cases.lines(rows).items():
+        line = [row for row in by_experts.values() if row.relative is not None]
+        if not line or name.endswith(bench_cases.FULL_DEPTH):
+            continue
         case = line[0].case
         if case.family == "dense":
             label = name if case.copies == 1 else f"{name} (floor)"
@@ -274,4 +272,4 @@ def _timed_panel(axes: Axes, rows: Sequence[bench_cases.Row]) -> None:
         axes.errorbar(experts, middle * scale, bars, markersize=4, capsize=2, label=name, **style)
     _expert_axis(axes, (row.case.num_experts for row in rows if row.case.family != "dense"))
     axes.set_ylim(bottom=0)
-    axes.set_title("{}, {}, top-{}".format(*rows[0].case.group), fontsize=9)
+    axes.set_title(bench_cases.title(rows[0].case.group), fontsize=9)

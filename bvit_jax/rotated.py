@@ -17,7 +17,6 @@ rows), D d_model, F d_ff, O outputs of a layer.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,7 +37,7 @@ Experts = Callable[[Params, jax.Array, jax.Array], jax.Array]
 
 
 class _Names(NamedTuple):
-    """Parameters of y = B(after) B(before)^T applied around a product; see `_Layer`."""
+    """Names of the parameters of one layer; angles without their ending."""
 
     before: str
     weights: str
@@ -118,8 +117,10 @@ def _choose_fused(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) 
         cut = _cut(config, x_TxD, expert_TxK)
     except UnfitError as error:
         raise ConfigError(f"model.dispatch = 'fused' cannot run this model: {error}") from None
-    interpreted = dataclasses.replace(cut, plan=dataclasses.replace(cut.plan, interpret=True))
-    return {"tpu": functools.partial(_fused, config, cut), "default": functools.partial(_fused, config, interpreted)}
+    return {
+        "tpu": functools.partial(_fused, config, cut),
+        "default": functools.partial(_fused, config, cut.interpreted),
+    }
 
 
 def _choose(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dict[str, Experts]:

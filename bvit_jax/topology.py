@@ -4,11 +4,13 @@
 what it says of memory and of traffic between chips is measured; how long it would run it does not say.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -89,7 +91,7 @@ def compile_step(config: Config, topology: str, step: Step, layout: Layout = sha
             return Compiled("failed", **axes, hbm_bytes=hbm_bytes, compile_seconds=seconds, error=_gist(error))
         peak = int(float(needed[1]) * _UNITS[needed[2]])
         return Compiled("does not fit", **axes, hbm_bytes=hbm_bytes, peak_bytes=peak, compile_seconds=seconds)
-    return Compiled("fits", **axes, hbm_bytes=hbm_bytes, compile_seconds=time.perf_counter() - start, **_read(program))
+    return Compiled("fits", **axes, hbm_bytes=hbm_bytes, compile_seconds=time.perf_counter() - start, **read(program))
 
 
 def build(config: Config, placement: Placement, step: Step) -> jax.stages.Compiled:
@@ -98,12 +100,19 @@ def build(config: Config, placement: Placement, step: Step) -> jax.stages.Compil
 
 
 def compile_uncached(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles a program for a TPU, and keeps it out of JAX's cache: without a TPU it could not be read back."""
+    """Compiles a program for a TPU, `uncached`."""
+    with uncached():
+        return lowered.compile()
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Keeps programs for TPUs out of JAX's cache: without a TPU they could not be read back."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, math.inf)
     try:
-        return lowered.compile()
+        yield
     finally:
         jax.config.update(name, before)
 
@@ -128,7 +137,8 @@ def _batch_shapes(config: Config, placement: Placement) -> tuple[jax.ShapeDtypeS
     return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=placement.batch) for shape, dtype in kinds)
 
 
-def _read(program: jax.stages.Compiled) -> dict[str, Any]:
+def read(program: jax.stages.Compiled) -> dict[str, Any]:
+    """Returns what a program takes of a device, by the names of `Compiled`."""
     memory: Any = program.memory_analysis()
     cost: Any = program.cost_analysis()
     found = hlo.read(str(program.as_text()), exchange.OVERFLOW_SCOPE, blocks.AT_MOST_SCOPE)

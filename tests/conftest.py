@@ -1,7 +1,6 @@
 """Settings of the whole test suite, made before JAX starts."""
 
 import contextlib
-import math
 import os
 import pickle
 import subprocess
@@ -16,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import pytest
 
+from bvit_jax import topology
 from bvit_jax.config import Config, resolve
 from bvit_jax.model_config import ModelConfig
 from configs import digits
@@ -104,11 +104,8 @@ def key() -> jax.Array:
 @pytest.fixture
 def uncached() -> Iterator[None]:
     """Keeps programs for TPUs out of the cache: without a TPU they could not be read back."""
-    name = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, name)
-    jax.config.update(name, math.inf)
-    yield
-    jax.config.update(name, before)
+    with topology.uncached():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,7 @@ def test_a_backward_pass_returns_the_gradients_of_parameters_and_input(base):
 def test_the_layer_is_given_the_path_of_its_case(base, monkeypatch):
     seen: list[ModelConfig] = []
 
-    class Spy(vit.FFN_OF_FAMILY["butterfly"]):  # type: ignore[misc]
+    class Spy(vit.FFN_OF_FAMILY["butterfly"]):
         def __post_init__(self) -> None:
             seen.append(self.config)
             super().__post_init__()

@@ -239,7 +239,7 @@ def test_random_shapes(seed: int) -> None:
 
 def test_as_chosen() -> None:
     case = Case(Shape(), distinct(20, 2, 4))
-    cut = cutting.choose(case.shape.sides, 128, 256, 40, 4, jnp.dtype("float32"), interpret=True)
+    cut = cutting.choose(case.shape.sides, 128, 256, 40, 4, jnp.dtype("float32")).interpreted
     assert (cut.strips, cut.plan.tile, cut.plan.chunk) == (1, 64, 4)  # 40 rows: the next power of two
     compare(run(case, cut), case.expected(), 1e-5)
 

@@ -61,10 +61,13 @@ class Cut:
     strips: int
     plan: Plan
 
+    @property
+    def interpreted(self) -> "Cut":
+        """The same to run anywhere, slowly."""
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, interpret=True))
 
-def choose(
-    sides: Sides, d_model: int, d_ff: int, num_rows: int, num_experts: int, dtype: jnp.dtype, interpret: bool = False
-) -> Cut:
+
+def choose(sides: Sides, d_model: int, d_ff: int, num_rows: int, num_experts: int, dtype: jnp.dtype) -> Cut:
     """Chooses as few strips, then as large chunks and tiles as fit.
 
     Args:
@@ -74,7 +77,6 @@ def choose(
         num_rows: tokens times the experts of each.
         num_experts: of all tokens.
         dtype: of the rows.
-        interpret: run anywhere, slowly.
 
     Raises:
         UnfitError: if nothing fits, or channels do not fill whole registers.
@@ -91,7 +93,7 @@ def choose(
     for strips, chunk, tile in itertools.product(_strip_counts(sides[1].stages, d_ff), chunks, tiles):
         of_strip = _narrow(sides, d_ff // strips) if strips > 1 else sides
         slots = _even_slots(num_rows, num_experts, chunk, tile)
-        plan = Plan(_turns(of_strip), tile, chunk, int(capacity * _ALLOWED), slots, interpret)
+        plan = Plan(_turns(of_strip), tile, chunk, int(capacity * _ALLOWED), slots, interpret=False)
         if _bytes(plan, d_model, d_ff // strips, jnp.dtype(dtype).itemsize) <= capacity * _PLANNED:
             return Cut(of_strip, strips, plan)
     raise UnfitError(

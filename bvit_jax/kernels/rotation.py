@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from bvit_jax import butterfly
@@ -47,7 +46,8 @@ def num_columns(stages: butterfly.Stages) -> int:
 def tables(angles_ExA: jax.Array, stages: butterfly.Stages) -> tuple[jax.Array, jax.Array]:
     """Returns the cosines and sines of angles in the columns that `turn` reads, float32 (E, C) both."""
     cos, sin = [], []
-    for stage, angles in _by_stage(angles_ExA.astype(jnp.float32), stages):
+    for stage, angles in zip(stages, butterfly.by_stage(stages, angles_ExA.astype(jnp.float32)), strict=True):
+        angles = angles.reshape(-1, stage.outer, len(stage.first), stage.inner)
         c, s = jnp.cos(angles), jnp.sin(angles)
         if not _in_registers(stage):
             alone = jnp.zeros((*c.shape[:-2], stage.length - 2 * c.shape[-2], c.shape[-1]))
@@ -94,16 +94,6 @@ def _in_registers(stage: butterfly.Stage) -> bool:
 
 def _columns(stage: butterfly.Stage) -> int:
     return stage.num_angles if _in_registers(stage) else stage.outer * stage.length * stage.inner
-
-
-def _by_stage(angles_ExA: jax.Array, stages: butterfly.Stages) -> list[tuple[butterfly.Stage, jax.Array]]:
-    """Splits angles by stage, each (E, outer, pairs, inner)."""
-    ends = np.cumsum([stage.num_angles for stage in stages])
-    parts = jnp.split(angles_ExA, ends[:-1], axis=-1)
-    return [
-        (stage, part.reshape(-1, stage.outer, len(stage.first), stage.inner))
-        for stage, part in zip(stages, parts, strict=True)
-    ]
 
 
 def _signed(turn: Turn, x: jax.Array) -> jax.Array:
