@@ -109,6 +109,9 @@ class Config:
         total_steps: optimiser steps.
         batch_size: images a step, over all devices.
         log_every, eval_every: steps between rows of training metrics, and between evaluations with a checkpoint.
+        keep_every: every so many evaluations the checkpoint is kept for good, beside the newest two and the best; 0:
+            none is.
+        max_skipped_steps: steps whose loss or gradient is not finite that may be left out; one more ends the run.
     """
 
     seed: int
@@ -116,6 +119,8 @@ class Config:
     batch_size: int
     log_every: int
     eval_every: int
+    keep_every: int
+    max_skipped_steps: int
     data: DataConfig
     model: ModelConfig
     loss: LossConfig
@@ -125,6 +130,8 @@ class Config:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         for field in ("total_steps", "batch_size", "log_every", "eval_every"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        for field in ("keep_every", "max_skipped_steps"):
+            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
         warmup = self.optimizer.warmup_steps
         require(warmup < self.total_steps, "optimizer.warmup_steps", warmup, f"under total_steps = {self.total_steps}")
         require(

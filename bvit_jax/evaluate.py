@@ -4,6 +4,7 @@ Axes: M mixture layers, E experts.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,7 +52,14 @@ class Evaluation:
         return row
 
 
-def evaluate(params: Any, config: ModelConfig, split: data.Split, batch_size: int, placement: Placement) -> Evaluation:
+def evaluate(
+    params: Any,
+    config: ModelConfig,
+    split: data.Split,
+    batch_size: int,
+    placement: Placement,
+    between: Callable[[], None] | None = None,
+) -> Evaluation:
     """Runs the model over every image of `split`; sums are formed in float64.
 
     Args:
@@ -60,6 +68,7 @@ def evaluate(params: Any, config: ModelConfig, split: data.Split, batch_size: in
         split: any number of images; the last batch is padded and masked.
         batch_size: images a batch, over all processes; a multiple of the devices.
         placement: devices to run on; in a run of several processes all of them call this.
+        between: called after each batch; what it raises ends the evaluation.
     """
     step = train_step.make_eval_step(config, placement)
     rows = placement.host_rows(batch_size)
@@ -69,6 +78,8 @@ def evaluate(params: Any, config: ModelConfig, split: data.Split, batch_size: in
         sums = step(params, *placement.put_batch(arrays, rows, batch_size))
         sums = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), sums)
         total = sums if total is None else jax.tree.map(np.add, total, sums)
+        if between is not None:
+            between()
     count = float(total.count)
     load: tuple[tuple[float, ...], ...] = ()
     entropy: tuple[float, ...] = ()

@@ -4,35 +4,31 @@ On CPUs small models leave most cores idle, so several trials run side by side, 
 accelerator belongs to one process at a time, so there trials run one by one.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import wait
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
-import jax
 from tqdm import tqdm
 
-from bvit_jax import config, files, metrics, train
+from bvit_jax import failures, preemption, trial_process
+from bvit_jax.failures import Failures
 from bvit_jax.model_config import ConfigError
-from bvit_jax.sweep import ERROR_FILE, Trial, record_failure
+from bvit_jax.sweep import Trial
 
 POLL_SECONDS = 1.0
-OUTPUT_FILE = "output.txt"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Running:
-    trial: Trial
-    process: BaseProcess
-    steps_at_start: int
+STOP_SECONDS = 60.0
+"""How long trials that are told to stop have to save; then they are killed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,109 +58,208 @@ def probe_platform() -> Platform:
     return Platform(backend, int(devices))
 
 
+@contextlib.contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """Takes note of SIGTERM until it is closed: yields what is set by then. Of the main thread alone.
+
+    It asks JAX nothing, for that would take an accelerator away from the trials.
+    """
+    told = threading.Event()
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        del frame
+        told.set()
+        signal.signal(number, signal.SIG_DFL)  # a second signal does not wait
+
+    previous = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def run_trials(
-    trials: Sequence[Trial], jobs: int, retry_failed: bool, compilation_cache: Path, on_end: Callable[[Trial], None]
+    trials: Sequence[Trial],
+    failed: Failures,
+    jobs: int,
+    retry_failed: bool,
+    compilation_cache: Path,
+    on_end: Callable[[Trial], None],
+    told_to_stop: threading.Event,
 ) -> None:
-    """Runs what is unfinished; a trial that fails is recorded and the others go on.
+    """Runs what is unfinished; a trial that fails, however it does, is recorded and the others go on.
 
     Args:
         trials: of one sweep.
+        failed: those that failed in an earlier call; new ones are added.
         jobs: trials at a time, at least 1.
         retry_failed: run those again that failed in an earlier call; otherwise they are left as they are.
         compilation_cache: directory for compiled programs, which trials of the same shape share.
-        on_end: called with each trial when it has ended, well or not.
+        on_end: called with each trial when it has ended: well, failed, or unfinished as it was told to stop.
+        told_to_stop: once it is set, no more trials are started, and those that run save and stop.
+
+    Raises:
+        preemption.Preempted: if told to stop, when all trials have ended.
     """
-    waiting = [trial for trial in trials if trial.status == "unfinished" or (retry_failed and trial.status == "failed")]
-    free_slots = list(range(jobs))
-    running: dict[int, _Running] = {}
-    remaining = sum(trial.config.total_steps - trial.steps_done for trial in waiting)
-    ended_steps = 0
-    bar = tqdm(total=remaining, unit="step", disable=None, leave=False)
-    try:
-        while waiting or running:
-            while waiting and free_slots:
-                slot = free_slots.pop(0)
-                running[slot] = _start(waiting.pop(0), slot, jobs, compilation_cache)
-            wait([job.process.sentinel for job in running.values()], timeout=POLL_SECONDS)
-            for slot, job in list(running.items()):
-                if job.process.exitcode is not None:
-                    _settle(job)
-                    ended_steps += job.trial.config.total_steps - job.steps_at_start
-                    del running[slot]
-                    free_slots.append(slot)
-                    on_end(job.trial)
-            _show(bar, ended_steps, list(running.values()))
-    finally:
-        for job in running.values():
-            job.process.terminate()
-        for job in running.values():
-            job.process.join()
-        bar.close()
+    wanted = ("unfinished", "failed") if retry_failed else ("unfinished",)
+    waiting = [trial for trial in trials if failed.status(trial) in wanted]
+    with _Runner(waiting, failed, jobs, compilation_cache, on_end) as runner:
+        while not told_to_stop.is_set() and runner.goes_on():
+            runner.turn()
+        if told_to_stop.is_set():
+            runner.stop()
+            raise preemption.Preempted("told to stop; the trials that ran have saved and stopped")
 
 
-def _start(trial: Trial, slot: int, jobs: int, compilation_cache: Path) -> _Running:
-    trial.directory.mkdir(parents=True, exist_ok=True)
-    (trial.directory / ERROR_FILE).unlink(missing_ok=True)
-    cores = _cores()
-    share = cores[slot::jobs] or cores
-    process = multiprocessing.get_context("spawn").Process(
-        target=_trial_process, args=(trial.config.to_dict(), trial.directory, share, compilation_cache)
-    )
-    process.start()
-    return _Running(trial, process, trial.steps_done)
+@dataclasses.dataclass
+class _Job:
+    """A trial that runs; `cause` is why it failed, once its process has said so."""
+
+    trial: Trial
+    process: BaseProcess
+    pipe: Connection
+    steps_at_start: int
+    cause: str | None = None
+
+    def listen(self) -> None:
+        """Takes what the process has sent so far."""
+        with contextlib.suppress(OSError, EOFError):
+            while self.pipe.poll():
+                self.cause = self.pipe.recv_bytes().decode(errors="replace")
+
+    def tell_to_stop(self) -> None:
+        """Has the process save and stop; one that has had SIGTERM itself hears no second one."""
+        with contextlib.suppress(OSError):
+            self.pipe.send_bytes(trial_process.STOP)
 
 
-def _settle(job: _Running) -> None:
-    """Sees to it that a trial that ended without a result says why."""
-    job.process.join()
-    if job.trial.status == "unfinished":
+class _Runner:
+    """Runs trials in slots; when it is closed, those that still run are stopped."""
+
+    def __init__(
+        self,
+        waiting: list[Trial],
+        failed: Failures,
+        jobs: int,
+        compilation_cache: Path,
+        on_end: Callable[[Trial], None],
+    ) -> None:
+        self._waiting = waiting
+        self._failed = failed
+        self._jobs = jobs
+        self._compilation_cache = compilation_cache
+        self._on_end = on_end
+        self._running: dict[int, _Job] = {}
+        self._stopping = False
+        self._ended_steps = 0
+        remaining = sum(trial.config.total_steps - trial.steps_done for trial in waiting)
+        self._bar = tqdm(total=remaining, unit="step", disable=None, leave=False)
+
+    def __enter__(self) -> "_Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._tell_all_to_stop()
+            deadline = time.monotonic() + STOP_SECONDS
+            for job in self._running.values():
+                job.process.join(max(deadline - time.monotonic(), 0.0))
+        finally:
+            self._kill()
+            self._bar.close()
+
+    def goes_on(self) -> bool:
+        """Says whether any trial waits or runs."""
+        return bool(self._waiting or self._running)
+
+    def turn(self) -> None:
+        """Fills the free slots, then waits a moment for a trial to end."""
+        for slot in range(self._jobs):
+            if self._waiting and slot not in self._running:
+                self._start(self._waiting.pop(0), slot)
+        self._collect(POLL_SECONDS)
+
+    def stop(self) -> None:
+        """Has the running trials save and stop, and waits for them; those that do not are killed."""
+        self._tell_all_to_stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._running and time.monotonic() < deadline:
+            self._collect(min(POLL_SECONDS, STOP_SECONDS))
+        self._kill()
+        self._collect(0.0)
+
+    def _start(self, trial: Trial, slot: int) -> None:
+        self._failed.forget(trial)
+        cores = _cores()
+        share = cores[slot :: self._jobs] or cores
+        context = multiprocessing.get_context("spawn")
+        try:
+            here, there = context.Pipe()
+            with there:
+                process = context.Process(
+                    target=trial_process.run,
+                    args=(trial.config.to_dict(), trial.directory, share, self._compilation_cache, there),
+                )
+                process.start()
+        except OSError as error:  # no memory or no number left for a process
+            self._failed.record(trial, failures.describe(error))
+            self._end(trial, trial.steps_done)
+            return
+        self._running[slot] = _Job(trial, process, here, trial.steps_done)
+
+    def _collect(self, timeout_seconds: float) -> None:
+        """Waits until a trial ends, but not for long, and settles those that have."""
+        wait([job.process.sentinel for job in self._running.values()], timeout_seconds)
+        for slot, job in list(self._running.items()):
+            ended = job.process.exitcode is not None  # before listening: what it said last is in the pipe by then
+            job.listen()
+            if ended:
+                del self._running[slot]
+                job.pipe.close()
+                self._settle(job)
+                self._end(job.trial, job.steps_at_start)
+        self._show()
+
+    def _settle(self, job: _Job) -> None:
+        """Records why a trial failed that ended without a result and was not told to stop."""
         code = job.process.exitcode
-        how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit status {code}"
-        record_failure(job.trial, f"the trial's process ended early: {how}; its output is in {OUTPUT_FILE}")
+        told_to_stop = self._stopping or code in (preemption.EXIT_STATUS, -signal.SIGTERM)
+        if job.trial.result is None and (job.cause is not None or not told_to_stop):
+            cause = job.cause or failures.describe_end(code, job.trial.directory / trial_process.OUTPUT_FILE)
+            self._failed.record(job.trial, cause)
 
+    def _end(self, trial: Trial, steps_at_start: int) -> None:
+        self._ended_steps += trial.config.total_steps - steps_at_start
+        self._on_end(trial)
 
-def _show(bar: tqdm, ended_steps: int, running: list[_Running]) -> None:
-    """Brings the progress bar up to date from the metrics that the trials write."""
-    steps = ended_steps
-    shown: dict[str, str] = {}
-    for job in running:
-        rows = [row for row in metrics.read_rows(job.trial.directory / "metrics.jsonl") if row["split"] == "train"]
-        if rows:
-            steps += max(rows[-1]["step"] - job.steps_at_start, 0)
-            shown = {name: f"{rows[-1][name]:.3f}" for name in ("loss", "accuracy")}
-    bar.update(steps - bar.n)
-    bar.set_postfix(running=len(running), images_s=f"{_images_per_second(running):.0f}", **shown)
+    def _tell_all_to_stop(self) -> None:
+        if not self._stopping:
+            self._stopping = True
+            for job in self._running.values():
+                job.tell_to_stop()
 
+    def _kill(self) -> None:
+        for job in self._running.values():
+            job.process.kill()
+        for job in self._running.values():
+            job.process.join()
 
-def _images_per_second(running: list[_Running]) -> float:
-    """Adds up the newest throughputs of the trials that have one."""
-    newest = (metrics.read_rows(job.trial.directory / "timing.jsonl")[-1:] for job in running)
-    return sum(row.get("images_per_second", 0.0) for rows in newest for row in rows)
+    def _show(self) -> None:
+        """Brings the progress bar up to date from the metrics that the trials write."""
+        steps = self._ended_steps
+        shown: dict[str, str] = {}
+        for job in self._running.values():
+            rows = [row for row in job.trial.rows("metrics.jsonl") if row.get("split") == "train"]
+            if rows:
+                steps += max(rows[-1].get("step", 0) - job.steps_at_start, 0)
+                shown = {name: f"{rows[-1].get(name, float('nan')):.3f}" for name in ("loss", "accuracy")}
+        self._bar.update(steps - self._bar.n)
+        self._bar.set_postfix(running=len(self._running), images_s=f"{self._images_per_second():.0f}", **shown)
 
-
-def _trial_process(stored: dict[str, Any], directory: Path, cores: list[int], compilation_cache: Path) -> None:
-    """Runs one trial to its end in the process that calls it."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with (directory / OUTPUT_FILE).open("a") as output:
-        os.dup2(output.fileno(), sys.stdout.fileno())
-        os.dup2(output.fileno(), sys.stderr.fileno())
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # before JAX counts its threads
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
-    try:
-        train.run(config.from_dict(stored), directory, show_progress=False)
-    except Exception:
-        files.write_text(directory / ERROR_FILE, traceback.format_exc())
-        sys.exit(1)
-
-
-def _end_with_parent() -> None:
-    """Ends this process as soon as the sweep is gone, however it went: no trial may outlive its sweep."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    def _images_per_second(self) -> float:
+        """Adds up the newest throughputs of the trials that have one."""
+        newest = (job.trial.rows("timing.jsonl")[-1:] for job in self._running.values())
+        return sum(row.get("images_per_second", 0.0) for rows in newest for row in rows)
 
 
 def _cores() -> list[int]:

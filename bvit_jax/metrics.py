@@ -6,31 +6,42 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from bvit_jax import files
+from bvit_jax import files, timing
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads JSON lines; a last line that was cut short is left out. An absent file has no rows."""
-    if not path.exists():
-        return []
+    return parse(path.read_text(errors="replace")) if path.exists() else []
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    """Reads JSON objects, one a line, up to the first line that is none; what has no line break is no line yet."""
     rows = []
-    for line in path.read_text().split("\n")[:-1]:
+    for line in text.split("\n")[:-1]:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
-class JsonLines:
-    """Appends rows, each with a `step`, to a file; on opening drops those after `last_step`, and any of the test split.
+def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the validation row that does best, None if there is none.
 
-    The test split is reported last, so a run that is taken up again has not come to it.
+    Higher accuracy first, then lower negative log-likelihood; of equals the later.
     """
+    scored = (row for row in rows if row.get("split") == "validation")
+    return max(scored, key=lambda row: (row["accuracy"], -row["nll"], row["step"]), default=None)
 
-    def __init__(self, path: Path, last_step: int) -> None:
-        kept = [row for row in read_rows(path) if row["step"] <= last_step and row.get("split") != "test"]
-        files.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+class JsonLines:
+    """Appends rows to a file that holds `text` to begin with."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        files.write_text(path, text)
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -46,22 +57,37 @@ class JsonLines:
 class RunLog:
     """Writes a run's `metrics.jsonl`, `timing.jsonl` and TensorBoard events.
 
-    On the same devices and library versions `metrics.jsonl` is a function of the configuration alone. One that is not
-    `active` writes nothing: of several processes, one does.
+    On the same devices and library versions `metrics.jsonl` is a function of the configuration alone.
+
+    Attributes:
+        text: content of `metrics.jsonl`, also where another process writes it.
     """
 
-    def __init__(self, workdir: Path, last_step: int, active: bool = True) -> None:
+    def __init__(self, workdir: Path, last_step: int, known: str, active: bool = True) -> None:
+        """Takes the files up, perhaps after an interruption.
+
+        Args:
+            workdir: of the run.
+            last_step: that the run goes on from; later rows of `timing.jsonl` are dropped.
+            known: content of `metrics.jsonl` up to that step, which replaces whatever the file holds.
+            active: one that is not writes nothing: of several processes, one does.
+        """
+        self.text = known
         self._active = active
         if not active:
             return
-        self._metrics = JsonLines(workdir / "metrics.jsonl", last_step)
-        self._timing = JsonLines(workdir / "timing.jsonl", last_step)
+        rows = timing.valid(read_rows(workdir / "timing.jsonl"))
+        timed = [row for row in rows if row["step"] <= last_step]
+        self._metrics = JsonLines(workdir / "metrics.jsonl", known)
+        self._timing = JsonLines(workdir / "timing.jsonl", "".join(json.dumps(row) + "\n" for row in timed))
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=last_step + 1)
 
     def metrics(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Records values of one split at one step; TensorBoard takes the numbers among them."""
+        row = {"step": step, "split": split, **values}
+        self.text += json.dumps(row) + "\n"
         if self._active:
-            self._metrics.write({"step": step, "split": split, **values})
+            self._metrics.write(row)
             self._scalars(step, split, values)
 
     def timing(self, step: int, values: dict[str, float]) -> None:
@@ -72,11 +98,10 @@ class RunLog:
 
     def close(self) -> None:
         """Closes all files."""
-        if not self._active:
-            return
-        self._metrics.close()
-        self._timing.close()
-        self._board.close()
+        if self._active:
+            self._metrics.close()
+            self._timing.close()
+            self._board.close()
 
     def _scalars(self, step: int, prefix: str, values: dict[str, Any]) -> None:
         for name, value in values.items():

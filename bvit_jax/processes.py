@@ -5,6 +5,8 @@ that are not checkpoints are the first process's business, and what it finds the
 """
 
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from bvit_jax import peers
 from bvit_jax.model_config import ConfigError, require
 
+START_SECONDS = 300.0
+"""For all processes of a run to start: schedulers start hosts one after the other."""
 _PLATFORMS = "jax_platforms"  # an attribute that type checkers do not see
 _GOOGLE_PCI_VENDOR = "0x1ae0"
 _TPU_PCI_DEVICES = ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
@@ -31,8 +36,8 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         process_id: this one's number, from 0.
 
     Raises:
-        ConfigError: if only some of the three are given, or they do not fit each other. Where the others do not come,
-            JAX ends the process itself, with a message, after five minutes.
+        ConfigError: if only some of the three are given, or they do not fit each other. Where the others do not come
+            within `START_SECONDS`, this process ends with one line and `peers.EXIT_STATUS`.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
@@ -61,12 +66,24 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
 
 
 def _join(failed: str, *addresses: Any) -> None:
-    # JAX's preemption service would swallow SIGTERM and leave it to the program to look for it.
-    jax.config.update("jax_enable_preemption_service", False)
+    # JAX then takes SIGTERM for itself, in all processes of the run; see `bvit_jax.preemption`.
+    jax.config.update("jax_enable_preemption_service", True)
+    alarm = threading.Timer(START_SECONDS, _give_up, [failed])
+    alarm.daemon = True
+    alarm.start()
+    later: Any = {"initialization_timeout": int(2 * START_SECONDS)}
     try:
-        jax.distributed.initialize(*addresses)
+        jax.distributed.initialize(*addresses, **later)
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"{failed} ({str(error).splitlines()[0]})") from None
+    finally:
+        alarm.cancel()
+
+
+def _give_up(failed: str) -> None:
+    """Ends the process from another thread while JAX waits; JAX's own end of it is an abort."""
+    os.write(2, f"error: {failed} within {START_SECONDS:.0f} s; start the same command on all hosts\n".encode())
+    os._exit(peers.EXIT_STATUS)
 
 
 def has_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
@@ -117,9 +134,18 @@ def check_everywhere(holds: bool, name: str, value: object, wanted: str) -> None
     """Raises ConfigError in all processes unless `holds` in all; the message adds where it does not."""
     if jax.process_count() == 1:
         return require(holds, name, value, wanted)
-    everywhere = np.asarray(multihost_utils.process_allgather(np.array(holds))).reshape(-1)
-    failing = np.flatnonzero(~everywhere).tolist()
+    failing = np.flatnonzero(~_from_all(holds)).tolist()
     return require(not failing, name, value, f"{wanted}; not so in processes {failing}")
+
+
+def all_agree(holds: bool) -> bool:
+    """Says in all processes whether `holds` in all."""
+    return holds if jax.process_count() == 1 else bool(_from_all(holds).all())
+
+
+def _from_all(holds: bool) -> np.ndarray:
+    """Returns what each process gave, in all processes."""
+    return np.asarray(multihost_utils.process_allgather(np.array(holds))).reshape(-1)
 
 
 def _broadcast(text: str) -> str:

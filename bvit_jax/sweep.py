@@ -2,8 +2,9 @@
 
 A sweep's directory:
 
-    sweep.json      the base configuration, the same for all   results.csv   one row a trial of the grid (.json too)
-    trials/DIGEST/  one run each (`bvit_jax.train`)            summary.md    means over seeds
+    sweep.json         the base configuration, the same for all   results.csv   one row a trial of the grid (.json too)
+    trials/DIGEST/     one run each (`bvit_jax.train`)            summary.md    means over seeds
+    errors/DIGEST.txt  why a trial failed (`bvit_jax.failures`)
 
 Every trial runs in a process of its own: what it does to its memory or its devices stays its own affair.
 """
@@ -14,15 +15,15 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from bvit_jax import files, memory, metrics
+from bvit_jax import memory, metrics
 from bvit_jax.config import Config, resolve
 from bvit_jax.model_config import require
 
-ERROR_FILE = "error.txt"
+Status = Literal["ok", "failed", "unfinished"]
 USUAL_FIELDS = ("model.family", "model.form", "model.num_experts", "seed")
 """Fields of a grid that have columns of their own in the tables."""
 
@@ -42,11 +43,19 @@ class Trial:
     settings: str = ""
 
     @property
-    def status(self) -> str:
-        """`ok`, `failed` or `unfinished`, by what is in the directory."""
-        if (self.directory / "result.json").exists():
+    def result(self) -> dict[str, Any] | None:
+        """The content of `result.json`; None if it is not there yet, or cannot be read."""
+        try:
+            found = json.loads((self.directory / "result.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def status(self, cause: str | None) -> Status:
+        """Says how far the trial is; `cause` is why it failed, None if it did not. A result outweighs a failure."""
+        if self.result is not None:
             return "ok"
-        return "failed" if (self.directory / ERROR_FILE).exists() else "unfinished"
+        return "unfinished" if cause is None else "failed"
 
     @property
     def label(self) -> str:
@@ -65,8 +74,15 @@ class Trial:
     @property
     def steps_done(self) -> int:
         """Steps of the newest row of metrics."""
-        rows = metrics.read_rows(self.directory / "metrics.jsonl")
-        return rows[-1]["step"] if rows else 0
+        rows = self.rows("metrics.jsonl")
+        return int(rows[-1].get("step", 0)) if rows else 0
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Reads JSON lines of the trial's directory; what cannot be read has none."""
+        try:
+            return metrics.read_rows(self.directory / name)
+        except OSError:
+            return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +100,7 @@ class ResultRow:
         bytes_full_ffn, compression_full_ffn: the `full` accounting of the mixture layers alone.
         settings: as in `Trial`.
         trial: digest of the configuration, the name of the trial's directory.
-        error: last line of a failed trial's traceback.
+        error: last line of a failed trial's cause.
     """
 
     family: str
@@ -168,20 +184,18 @@ def _settings(config: Config, chosen: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in extra.items())
 
 
-def record_failure(trial: Trial, cause: str) -> None:
-    """Leaves the cause of a failure in the trial's directory, which marks it as failed."""
-    trial.directory.mkdir(parents=True, exist_ok=True)
-    files.write_text(trial.directory / ERROR_FILE, cause.rstrip() + "\n")
+def result_row(trial: Trial, cause: str | None = None) -> ResultRow:
+    """Collects what is known of a trial; sizes come from the ledger whether or not it has run.
 
-
-def result_row(trial: Trial) -> ResultRow:
-    """Collects what is known of a trial; sizes come from the ledger whether or not it has run."""
+    Args:
+        trial: of the sweep.
+        cause: why it failed; None if it did not.
+    """
     config = trial.config
     own, standard = memory.ledger(config), memory.standard_ledger(config)
-    status = trial.status
-    result = json.loads((trial.directory / "result.json").read_text()) if status == "ok" else {}
+    result = trial.result or {}
     timing = result.get("timing", {})
-    error = _last_line(trial.directory / ERROR_FILE) if status == "failed" else ""
+    status = trial.status(cause)
     return ResultRow(
         family=config.model.family,
         num_experts=config.model.num_experts,
@@ -203,12 +217,12 @@ def result_row(trial: Trial) -> ResultRow:
         compression_full_ffn=standard.bytes_full_ffn / own.bytes_full_ffn,
         settings=trial.settings,
         trial=config.digest(),
-        error=error,
+        error=_last_line(cause or "") if status == "failed" else "",
     )
 
 
-def _last_line(path: Path) -> str:
-    return (path.read_text().strip().splitlines() or [""])[-1]
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
 
 
 @dataclasses.dataclass(frozen=True)

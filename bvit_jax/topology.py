@@ -120,7 +120,7 @@ def uncached() -> Iterator[None]:
 def lower(config: Config, placement: Placement, step: Step) -> jax.stages.Lowered:
     """Lowers a step for a placement; no array is made."""
     images, labels, weights = _batch_shapes(config, placement)
-    shapes = jax.eval_shape(lambda: train_step.init_state(config))
+    shapes = train_step.state_shapes(config)
     state = abstract_state(shapes, train_step.state_shardings(config, placement))
     if step == "eval":
         return train_step.make_eval_step(config.model, placement).lower(state.params, images, labels, weights)

@@ -2,9 +2,14 @@
 
 A run lives in a directory of its own:
 
-    config.json      the resolved configuration        metrics.jsonl   training and evaluation, a row each
-    checkpoints/     the newest and the best           timing.jsonl    seconds, images per second, bytes on a device
-    result.json      written when the run is complete  tensorboard/    the same numbers as events
+    config.json      the resolved configuration        metrics.jsonl    training and evaluation, a row each
+    checkpoints/     newest, best, every n-th          timing.jsonl     seconds, images per second, bytes on a device
+    result.json      written when the run is complete  incidents.jsonl  interruptions, damage, steps left out
+    damaged/         checkpoints found to be damaged   nonfinite/       reports of steps that were not finite
+    tensorboard/     the numbers as events
+
+However often a run is interrupted, `metrics.jsonl`, `result.json` (but for its timing) and the checkpoints are those of
+an uninterrupted one, to the bit, on the same devices and library versions.
 
 With several processes, all of them call `run` with the same arguments and a directory that all can reach; the first
 writes the files, and all write checkpoints. The directory can be taken up again with any number of devices.
@@ -12,60 +17,78 @@ writes the files, and all write checkpoints. The directory can be taken up again
 
 import contextlib
 import json
-import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from bvit_jax import data, device_memory, evaluate, files, memory, metrics, processes, sharding, train_step
+from bvit_jax import (
+    checkpoints,
+    data,
+    device_memory,
+    digests,
+    evaluate,
+    files,
+    memory,
+    metrics,
+    preemption,
+    processes,
+    sentinels,
+    sharding,
+    timing,
+)
 from bvit_jax import workdir as workdirs
-from bvit_jax.checkpoints import Checkpoints, abstract_state
+from bvit_jax.checkpoints import Checkpoints
 from bvit_jax.config import Config
-from bvit_jax.model_config import require
+from bvit_jax.journal import FILE as INCIDENTS_FILE
+from bvit_jax.journal import Journal
 from bvit_jax.sharding import Layout, Placement
+from bvit_jax.stepping import Stepper
+from bvit_jax.train_step import TrainState
 
-OUTPUTS = ("checkpoints", "metrics.jsonl", "timing.jsonl", "tensorboard", "result.json", "sweep.json")
+OUTPUTS = (
+    *("checkpoints", "damaged", "metrics.jsonl", "timing.jsonl", INCIDENTS_FILE),
+    *("nonfinite", "tensorboard", "result.json", "sweep.json"),
+)
 LOCK_PATIENCE_SECONDS = 5.0
 """A trial whose sweep was killed needs a moment to end."""
-WARM_UP_WINDOWS = 1
-"""Timed windows that do not count for throughput: the first after a start holds the compilation."""
 
 
 def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layout = sharding.DEFAULT) -> dict[str, Any]:
-    """Trains to the end, from the newest checkpoint in `workdir` if there is one, and reports on the test split.
+    """Trains to the end, from the newest good checkpoint in `workdir` if there is one, and reports on the test split.
 
     Args:
         config: what to run.
         workdir: the run's directory; made if absent. A finished run's result is returned as it stands.
-        show_progress: print what happens, with a progress bar on a terminal.
+        show_progress: print what happens, with a progress bar on a terminal. Warnings are printed in any case.
         layout: of the mesh; the results are the same up to rounding whatever it is.
 
     Returns:
-        The content of `result.json`: config_digest, seed, steps, best_step, test_accuracy, test_nll,
-        validation_accuracy, validation_nll, params, the evaluation of the routers, ternary statistics, under
-        `timing` (which differs from run to run) images_per_second and wall_seconds, and under `memory` the bytes on a
-        device of parameters and optimiser, with the peak where the backend tells it.
+        The content of `result.json`: config_digest, seed, steps, best_step, params_digest (of the best checkpoint's
+        parameters, equal for equal bits), test_accuracy, test_nll, validation_accuracy, validation_nll, params, the
+        evaluation of the routers, ternary statistics, warnings about experts, skipped_steps, under `timing` (which
+        differs from run to run) images_per_second and wall_seconds, and under `memory` the bytes on a device of
+        parameters and optimiser, with the peak where the backend tells it.
 
     Raises:
         ConfigError: if the directory cannot be written to, holds something else or is in use by another process, or if
             the model or its batch does not divide over the mesh; in all processes.
-        FloatingPointError: if the loss or the gradient is not finite, at the next step that is logged.
+        preemption.Preempted: after SIGTERM, when the state is saved; the same call goes on.
+        sentinels.NonFiniteError: if more steps than the configuration allows had a loss or gradient that is not finite,
+            at the next step that is logged, evaluated or saved.
     """
-    processes.check_same("configuration", config.digest())
-    processes.check_same("layout", repr(layout))
-    placement = sharding.place(config.model, config.batch_size, layout)
     with contextlib.ExitStack() as held:
+        notice = held.enter_context(preemption.watch())
+        processes.check_same("configuration", config.digest())
+        processes.check_same("layout", repr(layout))
+        placement = sharding.place(config.model, config.batch_size, layout)
         result = processes.on_first(lambda: _open(config, workdir, held))
         processes.check_everywhere(_sees(workdir, config), "workdir", str(workdir), "a directory that all hosts share")
         if result is not None:
             return result
-        show_progress = show_progress and processes.is_first()
-        with Checkpoints(workdir / "checkpoints") as checkpoints:
-            return _Run(config, workdir, placement, checkpoints, show_progress).to_the_end()
+        return _Run(config, workdir, placement, notice, Journal(workdir, show_progress)).to_the_end()
 
 
 def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str, Any] | None:
@@ -73,7 +96,12 @@ def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str
     workdirs.claim(workdir, "config.json", config.to_dict(), OUTPUTS)
     held.enter_context(workdirs.locked(workdir, LOCK_PATIENCE_SECONDS))
     path = workdir / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:  # of JSON or of UTF-8
+        path.unlink()
+        Journal(workdir, False).warn("damaged", config.total_steps, f"result.json is damaged ({error}): made again")
+        return None
 
 
 def _sees(workdir: Path, config: Config) -> bool:
@@ -85,175 +113,193 @@ def _sees(workdir: Path, config: Config) -> bool:
 
 
 class _Run:
-    """One process's part of a run. The order at each step: batch, step, log, evaluate, checkpoint."""
+    """One process's part of a run. The order at each step: batch, step, log, evaluate, checkpoint, stop if told to."""
 
     def __init__(
-        self, config: Config, workdir: Path, placement: Placement, checkpoints: Checkpoints, show_progress: bool
+        self, config: Config, workdir: Path, placement: Placement, notice: preemption.Notice, journal: Journal
     ) -> None:
         self.config = config
         self.workdir = workdir
+        self.directory = workdir / checkpoints.DIRECTORY
         self.placement = placement
-        self.shardings = train_step.state_shardings(config, placement)
-        self.checkpoints = checkpoints
-        self.show_progress = show_progress
-        self.clock = _Clock(config.batch_size)
-        self.dataset = data.load(config.data)
-        self.state_bytes: dict[str, int] = {}
+        self.notice = notice
+        self.journal = journal
+        self.stepper = Stepper(config, placement)
+        self.clock = timing.Clock(config.batch_size)
+        self.skipped = 0
 
     def to_the_end(self) -> dict[str, Any]:
-        state = self._start()
-        self.state_bytes = device_memory.of_state(state)
-        log = metrics.RunLog(self.workdir, last_step=int(state.step), active=processes.is_first())
+        state, known = self._start()
+        state_bytes = device_memory.of_state(state)
+        log = metrics.RunLog(self.workdir, int(state.step), known, active=processes.is_first())
         try:
-            state = self._train(state, log)
-            return self._report(state, log)
+            with Checkpoints(self.directory, self.config.keep_every * self.config.eval_every, known) as writer:
+                state = self._train(state, state_bytes, log, writer)
+                return self._report(state, state_bytes, log, writer)
+        except preemption.Preempted:
+            # The checkpoint is on disk: leaving the context above waited for it.
+            step = checkpoints.steps_in(self.directory)[-1:] or [0]
+            self.journal.incident("preempted", step[0], f"told to stop; step {step[0]} is saved")
+            raise preemption.Preempted(f"told to stop; step {step[0]} is saved") from None
         finally:
             log.close()
 
-    def _start(self) -> train_step.TrainState:
-        step = self.checkpoints.latest_step
-        processes.check_same("newest checkpoint", str(step))
-        if step is None:
-            return jax.jit(lambda: train_step.init_state(self.config), out_shardings=self.shardings)()
-        differing = workdirs.differences(self.checkpoints.config(step), self.config.to_dict())
-        require(
-            not differing, "workdir", str(self.workdir), f"one whose checkpoints are of this configuration: {differing}"
-        )
-        self._say(f"going on from step {step}")
-        return self._restore(step)
+    def _start(self) -> tuple[TrainState, str]:
+        """Returns the state to go on from, and the rows of `metrics.jsonl` that lead to it."""
+        found = self._restore_newest()
+        if found is None:
+            return self.stepper.first_state(), ""
+        state, record = found
+        step = int(state.step)
+        self.skipped = int(state.sentinel.skipped)
+        self.journal.incident("resumed", step, f"going on from step {step}")
+        path = self.workdir / "metrics.jsonl"
+        if processes.is_first() and not (path.exists() and path.read_bytes().startswith(record.metrics.encode())):
+            self.journal.warn("damaged", step, f"metrics.jsonl is damaged: taken from the checkpoint of step {step}")
+        return state, record.metrics
 
-    def _restore(self, step: int) -> train_step.TrainState:
-        shapes = jax.eval_shape(lambda: train_step.init_state(self.config))
-        return self.checkpoints.restore(step, abstract_state(shapes, self.shardings))
+    def _restore_newest(self, before: int | None = None) -> tuple[TrainState, checkpoints.Record] | None:
+        def on_damage(step: int, text: str) -> None:
+            self.journal.warn("damaged", step, text)
 
-    def _train(self, state: train_step.TrainState, log: metrics.RunLog) -> train_step.TrainState:
+        abstract = self.stepper.abstract_state()
+        return checkpoints.restore_newest(self.directory, self.config, abstract, on_damage, before)
+
+    def _train(
+        self, state: TrainState, state_bytes: dict[str, int], log: metrics.RunLog, writer: Checkpoints
+    ) -> TrainState:
         config = self.config
-        placement = self.placement
-        take_step = train_step.make_train_step(config, placement)
-        key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=placement.replicated)()
-        rows = placement.host_rows(config.batch_size)
-        # Queued steps with collectives can deadlock when several host devices share few cores.
-        wait_each_step = placement.mesh.size > 1 and jax.default_backend() == "cpu"
-        start = int(state.step)
-        clock = self.clock
-        clock.skip(start)
-        bar = tqdm(
-            range(start, config.total_steps),
-            initial=start,
-            total=config.total_steps,
-            unit="step",
-            disable=None if self.show_progress else True,
-            leave=False,
-        )
-        for step in bar:
-            batch = data.train_batch(self.dataset.train, config.batch_size, config.seed, step, rows)
-            images, labels = placement.put_batch((batch.images, batch.labels), rows, config.batch_size)
-            state, values = take_step(state, key, images, labels)
-            if wait_each_step:
-                jax.block_until_ready(values)
-            done = step + 1
-            if done % config.log_every == 0 or done == config.total_steps:
-                row = {name: float(value) for name, value in values.items()}
-                broken = [name for name, value in row.items() if not math.isfinite(value)]
-                if broken:
-                    raise FloatingPointError(f"step {done}: {', '.join(broken)} not finite; try a lower learning rate")
-                jax.block_until_ready(state)
-                log.metrics(done, "train", row)
-                log.timing(done, clock.lap(done) | self.state_bytes | device_memory.peak())
-                bar.set_postfix(
-                    loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.3f}", images_s=f"{clock.rate:.0f}"
-                )
-            if done % config.eval_every == 0 or done == config.total_steps:
-                self._evaluate_and_save(state, log)
-                clock.skip(done)
+        saved = done = int(state.step)
+        self.clock.skip(done)
+        disable = None if self.journal.shows else True
+        bar = tqdm(initial=done, total=config.total_steps, unit="step", disable=disable, leave=False)
+        try:
+            if self._is_evaluated_at(done) and not _has_evaluation(log, done):
+                self._evaluate_step(state, done, log)  # it was told to stop within this evaluation
+            for step in range(done, config.total_steps):
+                state, values = self.stepper.take(state, step)
+                done = step + 1
+                bar.update()
+                if done % config.log_every == 0 or done == config.total_steps:
+                    self._look_for_nonfinite(state)
+                    row = {name: float(value) for name, value in values.items()}
+                    jax.block_until_ready(state)
+                    log.metrics(done, "train", row)
+                    log.timing(done, self.clock.lap(done) | state_bytes | device_memory.peak())
+                    shown = {"loss": f"{row['loss']:.3f}", "accuracy": f"{row['accuracy']:.3f}"}
+                    bar.set_postfix(**shown, images_s=f"{self.clock.rate:.0f}")
+                if self._is_evaluated_at(done):
+                    self._look_for_nonfinite(state)
+                    self._evaluate_step(state, done, log)
+                    writer.save(state, config, log.text)
+                    saved = done
+                    self.clock.skip(done)
+                self._stop_if_told()
+        except preemption.Preempted:
+            if saved != done:
+                self._look_for_nonfinite(state)
+                writer.save(state, config, log.text)
+            raise
+        finally:
+            bar.close()
         return state
 
-    def _evaluate_and_save(self, state: train_step.TrainState, log: metrics.RunLog) -> None:
-        step = int(state.step)
-        found = self._evaluate(state.params, self.dataset.validation)
+    def _is_evaluated_at(self, step: int) -> bool:
+        return step > 0 and (step % self.config.eval_every == 0 or step == self.config.total_steps)
+
+    def _stop_if_told(self) -> None:
+        if self.notice.reached():
+            raise preemption.Preempted
+
+    def _look_for_nonfinite(self, state: TrainState) -> None:
+        """Reports steps that were not finite since the last look; raises if there were more than may be left out."""
+        sentinel = jax.device_get(state.sentinel)
+        if int(sentinel.skipped) == self.skipped:
+            return
+        self.skipped = int(sentinel.skipped)
+        step, allowed = int(sentinel.step), self.config.max_skipped_steps
+        batch, indices = self.stepper.whole_batch(step - 1)
+        path = processes.on_first(lambda: str(sentinels.write_report(self.workdir, sentinel, batch, indices)))
+        text = f"{sentinels.describe(sentinel)} (report: {path})"
+        if self.skipped <= allowed:
+            left_out = f"{self.skipped} of at most {allowed} such steps left out so far"
+            self.journal.warn("skipped", step, f"{text}; {left_out}")
+            return
+        self.journal.warn("stopped", step, text)
+        raise sentinels.NonFiniteError(
+            f"{text}; max_skipped_steps = {allowed} may be left out; try a lower learning rate, or allow more"
+        )
+
+    def _evaluate_step(self, state: TrainState, step: int, log: metrics.RunLog) -> None:
+        found = self._evaluate(state.params, self.stepper.dataset.validation)
         ternary = evaluate.ternary_statistics(state.params, self.config.model)
         log.metrics(step, "validation", found.to_dict() | ({"ternary": ternary} if ternary else {}))
-        self._say(
-            f"step {step:>6}  validation accuracy {found.accuracy:.4f}  nll {found.nll:.4f}"
-            + (f"  dead experts {sum(found.dead_experts_M)}" if found.load_MxE else "")
-        )
-        self.checkpoints.save(state, self.config, found.accuracy, found.nll)
+        self.journal.say(f"step {step:>6}  validation accuracy {found.accuracy:.4f}  nll {found.nll:.4f}")
+        for warning in sentinels.expert_warnings(found.load_MxE):
+            self.journal.warn("experts", step, f"step {step}, {warning}")
 
-    def _report(self, state: train_step.TrainState, log: metrics.RunLog) -> dict[str, Any]:
+    def _report(
+        self, state: TrainState, state_bytes: dict[str, int], log: metrics.RunLog, writer: Checkpoints
+    ) -> dict[str, Any]:
         config = self.config
         peak = device_memory.peak()
-        best_step = self.checkpoints.best_step
-        if best_step is None:
-            raise RuntimeError(f"no checkpoint was kept in {self.workdir}")
-        if best_step != int(state.step):
+        best = metrics.best_row(metrics.parse(log.text))
+        assert best is not None, "the last step is evaluated"
+        if best["step"] != int(state.step):
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states may be more than a device holds
-            state = self._restore(best_step)
-        found = self._evaluate(state.params, self.dataset.test)
-        log.metrics(config.total_steps, "test", found.to_dict())
-        log.timing(config.total_steps, self.clock.lap(config.total_steps))
-        validation = self.checkpoints.metrics(best_step)
+            writer.wait()
+            state = self._best_state(best["step"], log.text, writer)
+        found = self._evaluate(state.params, self.stepper.dataset.test)
         result = {
             "config_digest": config.digest(),
             "seed": config.seed,
             "steps": config.total_steps,
-            "best_step": best_step,
+            "best_step": best["step"],
+            "params_digest": digests.combined(digests.of_tree(state.params)),
             "test_accuracy": found.accuracy,
             "test_nll": found.nll,
-            "validation_accuracy": validation["accuracy"],
-            "validation_nll": validation["nll"],
+            "validation_accuracy": best["accuracy"],
+            "validation_nll": best["nll"],
             "params": memory.count_params(state.params),
             "test": found.to_dict(),
             "ternary": evaluate.ternary_statistics(state.params, config.model),
-            "memory": self.state_bytes | peak,
+            "warnings": sentinels.expert_warnings(found.load_MxE),
+            "skipped_steps": self.skipped,
+            "memory": state_bytes | peak,
         }
+        writer.wait()  # a result says that the run is complete
+        log.metrics(config.total_steps, "test", found.to_dict())
+        log.timing(config.total_steps, self.clock.lap(config.total_steps))
         result = processes.on_first(lambda: self._write(result))
-        self._say(f"test accuracy {found.accuracy:.4f}  nll {found.nll:.4f}  (step {best_step}, best on validation)")
+        shown = f"test accuracy {found.accuracy:.4f}  nll {found.nll:.4f}"
+        self.journal.say(f"{shown}  (step {best['step']}, best on validation)")
         return result
 
+    def _best_state(self, step: int, log: str, writer: Checkpoints) -> TrainState:
+        """Reads the best checkpoint; makes it again, by the same steps, if it is damaged or gone."""
+        try:
+            return checkpoints.restore(self.directory, step, self.config, self.stepper.abstract_state())[0]
+        except checkpoints.DamagedError as error:
+            self.journal.warn("damaged", step, f"{error}; {checkpoints.set_aside(self.directory, step)}")
+        found = self._restore_newest(before=step)
+        state = found[0] if found else self.stepper.first_state()
+        self.journal.incident("remade", step, f"making step {step} again from step {int(state.step)}")
+        for number in range(int(state.step), step):
+            state, _ = self.stepper.take(state, number)
+            self._stop_if_told()
+        lines = [line for line in log.splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        writer.save(state, self.config, "".join(lines))
+        return state
+
     def _write(self, result: dict[str, Any]) -> dict[str, Any]:
-        result["timing"] = total_timing(metrics.read_rows(self.workdir / "timing.jsonl"))
+        result["timing"] = timing.total(metrics.read_rows(self.workdir / "timing.jsonl"))
         files.write_json(self.workdir / "result.json", result)
         return result
 
     def _evaluate(self, params: Any, split: data.Split) -> evaluate.Evaluation:
-        return evaluate.evaluate(params, self.config.model, split, self.config.batch_size, self.placement)
-
-    def _say(self, text: str) -> None:
-        if self.show_progress:
-            tqdm.write(text)
+        between: Callable[[], None] = self._stop_if_told
+        return evaluate.evaluate(params, self.config.model, split, self.config.batch_size, self.placement, between)
 
 
-class _Clock:
-    """Times windows of steps. A window's images per second leave out evaluation; its wall seconds leave out nothing."""
-
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
-        self._wall = self._train = time.perf_counter()
-        self._step = 0
-        self._windows = 0
-        self.rate = float("nan")
-
-    def lap(self, step: int) -> dict[str, float]:
-        """Closes the window at `step`; the first after a start has no images_per_second: it holds compilation."""
-        now = time.perf_counter()
-        row = {"wall_seconds": now - self._wall}
-        self._windows += 1
-        if self._windows > WARM_UP_WINDOWS and step > self._step:
-            self.rate = row["images_per_second"] = (step - self._step) * self._batch_size / (now - self._train)
-        self._wall = self._train = now
-        self._step = step
-        return row
-
-    def skip(self, step: int) -> None:
-        """Leaves the time since the last step out of the next window's throughput."""
-        self._train = time.perf_counter()
-        self._step = step
-
-
-def total_timing(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Sums up `timing.jsonl`: the median images per second (None if too short to tell) and all wall seconds."""
-    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
-    return {
-        "images_per_second": float(np.median(rates)) if rates else None,
-        "wall_seconds": sum(row["wall_seconds"] for row in rows),
-    }
+def _has_evaluation(log: metrics.RunLog, step: int) -> bool:
+    return any(row["step"] == step and row["split"] == "validation" for row in metrics.parse(log.text))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bvit_jax import augment, losses, vit
+from bvit_jax import augment, losses, sentinels, vit
 from bvit_jax.config import Config, LossConfig
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.optimizer import learning_rate, make_optimizer
@@ -30,11 +30,13 @@ class TrainState:
         step: int32 (), steps done.
         params: as `vit.init_params`.
         opt_state: optax's.
+        sentinel: steps that were not finite; they leave `params` and `opt_state` as they were.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    sentinel: sentinels.Sentinel
 
 
 @struct.dataclass
@@ -57,14 +59,35 @@ class EvalSums:
 
 def init_state(config: Config) -> TrainState:
     """Draws the state before the first step from `config.seed`."""
-    params = vit.init_params(config.model, jax.random.key(config.seed))
+    return _first_state(config, vit.init_params(config.model, jax.random.key(config.seed)))
+
+
+def state_shapes(config: Config) -> Any:
+    """Returns `init_state` with shapes and dtypes in place of arrays; nothing is made."""
+    return jax.eval_shape(lambda params: _first_state(config, params), vit.param_shapes(config.model))
+
+
+def _first_state(config: Config, params: Any) -> TrainState:
     opt_state = make_optimizer(config.optimizer, config.total_steps).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, sentinels.initial(params))
+
+
+def make_init_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
+    """Compiles (key) -> state before the first step; `init_state` is that of the run's key. Shared as the step is."""
+    return _make_init_step(dataclasses.replace(config, seed=0), placement)
+
+
+@functools.lru_cache(maxsize=4)
+def _make_init_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
+    return jax.jit(
+        lambda key: _first_state(config, vit.init_params(config.model, key)),
+        out_shardings=state_shardings(config, placement),
+    )
 
 
 def state_shardings(config: Config, placement: Placement) -> Any:
     """Returns where each array of the state lives: a sharding in place of every array."""
-    shapes = jax.eval_shape(lambda: init_state(config))
+    shapes = state_shapes(config)
     axes = vit.param_axes(config.model)
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     opt_state = optax.tree.map_params(
@@ -74,7 +97,12 @@ def state_shardings(config: Config, placement: Placement) -> Any:
         placement.moments(axes, shapes.params),
         transform_non_params=lambda _: placement.replicated,
     )
-    return shapes.replace(step=placement.replicated, params=placement.params(axes, shapes.params), opt_state=opt_state)
+    return shapes.replace(
+        step=placement.replicated,
+        params=placement.params(axes, shapes.params),
+        opt_state=opt_state,
+        sentinel=jax.tree.map(lambda _: placement.replicated, shapes.sentinel),
+    )
 
 
 def total_loss(
@@ -117,15 +145,21 @@ def _make_train_step(config: Config, placement: Placement) -> jax.stages.Wrapped
             return total, (parts, logits_BxC)
 
         (loss, (parts, logits_BxC)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        squared_norms = sentinels.squared_norms(gradients)
+        sentinel, taken = sentinels.watch(state.sentinel, state.step + 1, loss, squared_norms, config.max_skipped_steps)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        moved = (optax.apply_updates(state.params, updates), opt_state)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(taken, new, old), moved, (state.params, state.opt_state)
+        )
         metrics = {
             "loss": loss,
             **parts,
             "accuracy": (logits_BxC.argmax(axis=-1) == labels_B).mean(dtype=jnp.float32),
-            "grad_norm": optax.tree.norm(gradients),
-            "learning_rate": schedule(state.step),
+            "grad_norm": jnp.sqrt(sum(squared_norms.values())),
+            "learning_rate": schedule(state.step - state.sentinel.skipped),
         }
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, sentinel), metrics
 
     whole, split, state_place = placement.replicated, placement.batch, state_shardings(config, placement)
     places = (state_place, whole, split, split)

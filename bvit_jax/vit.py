@@ -7,6 +7,7 @@ References:
     Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929 (pre-norm blocks, class token).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -182,7 +183,13 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def param_axes(config: ModelConfig) -> Params:
     """Returns the logical axes of every parameter, PartitionSpecs in the structure of `init_params`."""
-    return nn.get_partition_spec(jax.eval_shape(lambda: _init_with_axes(config, jax.random.key(0))))
+    return nn.get_partition_spec(_shapes_with_axes(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes_with_axes(config: ModelConfig) -> Params:
+    """Traces the model, which takes a second, once."""
+    return jax.eval_shape(lambda: _init_with_axes(config, jax.random.key(0)))
 
 
 def _init_with_axes(config: ModelConfig, key: jax.Array) -> Params:
@@ -211,7 +218,7 @@ def apply(
 
 def param_shapes(config: ModelConfig) -> Params:
     """Returns the shapes and dtypes of `init_params` without making the arrays: any size of model, at once."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return nn.unbox(_shapes_with_axes(config))
 
 
 def _in_layer_order(stacked: list[RouterReport]) -> RouterReport:

@@ -1,19 +1,31 @@
 """A run's or a sweep's directory: whose it is, and that one process at a time works in it."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import socket
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 from bvit_jax import files
 from bvit_jax.model_config import ConfigError
 
 LOCK_FILE = ".lock"
+REFRESH_SECONDS = 10.0
+"""How often the holder of a directory writes its lock anew."""
+STALE_SECONDS = 60.0
+"""A holder on another machine whose lock has not been written for as long is dead."""
+SETTLE_SECONDS = 1.0
+"""After two machines took over the same dead lock, each knows by then which of them wrote last."""
+_POLL_SECONDS = 0.2
+_LOCK_BYTES = 4096
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def claim(
@@ -39,12 +51,15 @@ def claim(
         directory.mkdir(parents=True, exist_ok=True)
         (directory / LOCK_FILE).open("a").close()
     except OSError as error:
-        raise ConfigError(f"{name}: it must be a directory that can be written to ({error})") from None
+        raise _cannot_be_written(name, error) from None
     if not path.exists():
         foreign = [output for output in outputs if (directory / output).exists()]
         if foreign:
             raise ConfigError(f"{name}: it holds {', '.join(foreign)} but no {identity_file}; choose another {flag}")
-        files.write_json(path, identity)
+        try:
+            files.write_json(path, identity)
+        except OSError as error:
+            raise _cannot_be_written(name, error) from None
         return
     try:
         stored = json.loads(path.read_text())
@@ -60,34 +75,165 @@ def claim(
         )
 
 
+def _cannot_be_written(name: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{name}: it must be a directory that can be written to ({error})")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Holder:
+    """Who wrote a lock: a process of a machine since that was last started (`boot`)."""
+
+    host: str
+    boot: str
+    process: int
+
+    def __str__(self) -> str:
+        return f"host {self.host}, process {self.process}"
+
+    def is_of_machine(self, other: "_Holder") -> bool:
+        return (self.host, self.boot) == (other.host, other.boot)
+
+
 @contextlib.contextmanager
-def locked(directory: Path, patience_seconds: float, flag: str = "workdir") -> Iterator[None]:
-    """Keeps other processes of this machine out of an existing directory; the lock goes with the process.
+def locked(directory: Path, patience_seconds: float, flag: str = "workdir") -> Iterator[str | None]:
+    """Keeps other processes, on this machine and on others, out of an existing directory.
+
+    On one machine the lock goes with the process, whatever ends it. Other machines, to which that may not show, go by
+    the time since the holder last wrote its lock, as the directory's own file system tells it.
 
     Args:
         directory: a claimed one.
-        patience_seconds: how long to wait for another process to end.
+        patience_seconds: how long to wait for another process to end. With any patience, a holder on another machine
+            that may be dead is waited for until it shows a sign of life or `STALE_SECONDS` have passed without.
         flag: what the user calls the directory.
 
+    Yields:
+        The dead process whose lock this one took over, "host H, process P", or None.
+
     Raises:
-        ConfigError: if another process works there for longer than that; the message names it.
+        ConfigError: if another process works there for longer than that; the message names it. Or if the lock cannot
+            be written.
     """
-    with (directory / LOCK_FILE).open("r+") as lock:
-        deadline = time.monotonic() + patience_seconds
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = lock.read() or "unknown"
-                    raise ConfigError(f"{flag} = {str(directory)!r}: in use by another process ({holder})") from None
-                time.sleep(0.1)
-        lock.truncate()
-        lock.write(f"host {socket.gethostname()}, process {os.getpid()}")
-        lock.flush()
-        yield
-        lock.truncate(0)
+    name = f"{flag} = {str(directory)!r}"
+    path = directory / LOCK_FILE
+    own = _Holder(socket.gethostname(), _boot(), os.getpid())
+    try:
+        lock, dead = _acquire(path, own, patience_seconds, name)
+    except OSError as error:
+        raise _cannot_be_written(name, error) from None
+    done = threading.Event()
+    refresher = threading.Thread(target=_keep_fresh, args=(path, lock, own, done), daemon=True)
+    with lock:
+        refresher.start()
+        try:
+            yield None if dead is None else str(dead)
+        finally:
+            done.set()
+            refresher.join()
+            with contextlib.suppress(OSError):
+                if _read(path) == own:
+                    lock.truncate(0)
+
+
+def _acquire(path: Path, own: _Holder, patience_seconds: float, name: str) -> tuple[BinaryIO, _Holder | None]:
+    """Returns the open lock once it is this process's, and its dead holder."""
+    start = time.monotonic()
+    first_written = path.stat().st_mtime_ns
+    while True:
+        waited = time.monotonic() - start
+        silent = path.stat().st_mtime_ns == first_written
+        with contextlib.ExitStack() as closing:
+            # Opened anew each time: network file systems look for what other hosts wrote when a file is opened.
+            lock = closing.enter_context(path.open("r+b", buffering=0))
+            flock = _flock(lock)
+            holder = _read(path)
+            if flock != "theirs" and (holder is None or _is_dead(holder, own, flock, path, waited if silent else 0.0)):
+                _write(lock, own)
+                alone = flock == "ours" and (holder is None or holder.is_of_machine(own))
+                if alone or _is_settled(path, own):
+                    closing.pop_all()
+                    return lock, holder
+        may_be_dead = flock != "theirs" and silent and patience_seconds > 0
+        if waited > patience_seconds and not may_be_dead:
+            raise ConfigError(f"{name}: in use by another process ({holder or 'unknown'})")
+        time.sleep(_POLL_SECONDS)
+
+
+def _flock(lock: BinaryIO) -> Literal["ours", "theirs", "unsupported"]:
+    """Takes the kernel's lock of a file, if no other process has it and the file system has such locks."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "theirs"
+    except OSError:
+        return "unsupported"
+    return "ours"
+
+
+def _is_dead(holder: _Holder, own: _Holder, flock: str, path: Path, silent_seconds: float) -> bool:
+    """Says whether the holder has ended, of a lock that the kernel does not keep from this process."""
+    if holder.is_of_machine(own) and (flock == "ours" or not _is_running(holder.process)):
+        return True
+    return max(_age_seconds(path), silent_seconds) >= STALE_SECONDS
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return process != os.getpid()  # another process had this number before
+
+
+def _is_settled(path: Path, own: _Holder) -> bool:
+    """Says whether a lock that others may have written at the same time is this process's after a moment."""
+    time.sleep(SETTLE_SECONDS)
+    return _read(path) == own
+
+
+def _age_seconds(path: Path) -> float:
+    """Returns the time since a file was written by the clock of its file system: hosts' clocks may differ."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=LOCK_FILE) as probe:
+            now = os.fstat(probe.fileno()).st_mtime
+    except OSError:
+        now = time.time()
+    return now - path.stat().st_mtime
+
+
+def _keep_fresh(path: Path, lock: BinaryIO, own: _Holder, done: threading.Event) -> None:
+    while not done.wait(REFRESH_SECONDS):
+        with contextlib.suppress(OSError):
+            if _read(path) == own:  # another machine takes over from one that was suspended
+                _write(lock, own)
+
+
+def _write(lock: BinaryIO, holder: _Holder) -> None:
+    content = json.dumps(dataclasses.asdict(holder)).encode()
+    if os.pwrite(lock.fileno(), content, 0) != len(content):
+        raise OSError(f"{LOCK_FILE} could be written in part only")
+    lock.truncate(len(content))
+    os.fsync(lock.fileno())
+
+
+def _read(path: Path) -> _Holder | None:
+    """Returns whom a lock names; None if nobody, or if it is damaged."""
+    try:
+        with path.open("rb") as lock:
+            stored = json.loads(lock.read(_LOCK_BYTES))
+        return _Holder(str(stored["host"]), str(stored["boot"]), int(stored["process"]))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _boot() -> str:
+    """Returns what tells this start of this machine from others; empty where there is no such thing."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 def differences(stored: Any, asked: Any, prefix: str = "") -> list[str]:

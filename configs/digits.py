@@ -33,6 +33,8 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     config.batch_size = 32
     config.log_every = 50
     config.eval_every = 250
+    config.keep_every = 4
+    config.max_skipped_steps = 0
 
     config.data = ml_collections.ConfigDict(
         {

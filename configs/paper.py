@@ -23,6 +23,7 @@ def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict
     config.batch_size = 128
     config.log_every = 100
     config.eval_every = 1000
+    config.keep_every = 5
     config.data = ml_collections.ConfigDict(
         {
             "name": "procedural",

@@ -9,16 +9,21 @@ from typing import Any
 
 from absl import app, logging
 
+from bvit_jax import preemption
 from bvit_jax.model_config import ConfigError
 from bvit_jax.packed_file import PackedFileError
+from bvit_jax.sentinels import NonFiniteError
 
 Main = Callable[[Sequence[str]], None]
+EXIT_NONFINITE = 65
+"""Of a run that its sentinel stopped: EX_DATAERR of sysexits.h."""
 
 
 def run(main: Main, positional: bool = False, resumes: bool = False) -> None:
-    """Runs an entry point: a bad configuration or file becomes one line and exit status 2, Ctrl-C one line and 130.
+    """Runs an entry point and turns what ends it early into one line and an exit status.
 
-    Libraries report from warnings upwards.
+    2: a bad configuration or file; 65: a loss or gradient that is not finite; 75: told to stop (SIGTERM), saved; 130:
+    Ctrl-C. Libraries report from warnings upwards.
 
     Args:
         main: the entry point; it takes the arguments that are no flags after its own name.
@@ -36,6 +41,12 @@ def run(main: Main, positional: bool = False, resumes: bool = False) -> None:
         except (ConfigError, PackedFileError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except NonFiniteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_NONFINITE)
+        except preemption.Preempted as stop:
+            print(f"{stop}; the same command goes on from here", file=sys.stderr)
+            sys.exit(preemption.EXIT_STATUS)
         except KeyboardInterrupt:
             print("interrupted" + ("; the same command goes on from here" if resumes else ""), file=sys.stderr)
             sys.exit(130)

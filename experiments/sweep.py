@@ -4,21 +4,28 @@
     python -m experiments.sweep --config=configs/sweep_digits.py --workdir=runs/sweep_digits
 
 Started again on the same workdir, it skips what is finished and takes up the rest; the grid may grow from call to call.
+A trial that fails is a row with its cause, which errors/ has in full, and the others go on. Upon SIGTERM the trials
+that run save and stop, and the sweep ends with exit status 75.
+
 Any field can be changed on the command line: --config.grid.model.num_experts="(8, 32)" --config.base.total_steps=500
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from bvit_jax import config, executor, files, memory_report, plots, sharding, storage, sweep
+from bvit_jax import config, executor, failures, files, memory_report, plots, preemption, sharding, storage, sweep
 from bvit_jax import workdir as workdirs
+from bvit_jax.failures import Failures
 from bvit_jax.model_config import require
 from experiments import entry, tables
 
@@ -28,7 +35,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's directory; runs/NAM
 _JOBS = flags.DEFINE_integer("jobs", 0, "Trials at a time; 0: one per core on CPUs (8 at most), one on accelerators.")
 _RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run again the trials that failed in an earlier call.")
 
-OUTPUTS = ("trials", "results.csv", "summary.md", "plots", "config.json", "checkpoints", "metrics.jsonl")
+OUTPUTS = ("trials", "errors", "results.csv", "summary.md", "plots", "config.json", "checkpoints", "metrics.jsonl")
+LOCK_PATIENCE_SECONDS = 1.0
+"""Any at all, so that a sweep on another machine that may be dead is waited for until that is known."""
 MEMORY_EXPERTS = tuple(2**power for power in range(13))
 """Numbers of experts of the memory curves: 1 to 4096."""
 SHOWN_ANGLES = ("32-bit", "8-bit")
@@ -37,6 +46,7 @@ SHOWN_ANGLES = ("32-bit", "8-bit")
 def main(argv: Sequence[str]) -> None:
     """Runs what is unfinished of a sweep and writes its tables and pictures."""
     del argv
+    jax.config.update("jax_platforms", "cpu")  # to count shapes; an accelerator is for the trials
     require(_JOBS.value >= 0, "jobs", _JOBS.value, "0 or more")
     raw = entry.read_config(_CONFIG)
     for section in ("base", "grid", "memory_base"):
@@ -51,55 +61,115 @@ def main(argv: Sequence[str]) -> None:
         model, batch_size = trial.config.model, trial.config.batch_size
         sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
-    with workdirs.locked(workdir, patience_seconds=0):
-        _run(trials, memory_base, workdir, _JOBS.value or platform.default_jobs)
+    with executor.sigterm() as told, workdirs.locked(workdir, LOCK_PATIENCE_SECONDS) as dead:
+        if dead is not None:
+            print(f"taking over from {dead}, which ended without letting go")
+        _run(trials, memory_base, workdir, _JOBS.value or platform.default_jobs, told)
 
 
-def _run(trials: Sequence[sweep.Trial], memory_base: config.Config, workdir: Path, jobs: int) -> None:
-    _draw_memory(memory_base, workdir)
-    statuses = [trial.status for trial in trials]
+def _run(
+    trials: Sequence[sweep.Trial], memory_base: config.Config, workdir: Path, jobs: int, told: threading.Event
+) -> None:
+    failed = Failures(workdir / failures.FOLDER)
+    report = _Report(trials, failed, workdir)
+    report.draw_memory(memory_base)
+    statuses = [failed.status(trial) for trial in trials]
     print(
         f"{len(trials)} trials, {statuses.count('ok')} finished, {statuses.count('failed')} failed; {jobs} at a time; "
         f"Ctrl-C is safe, the same command goes on"
     )
-
-    def on_end(trial: sweep.Trial) -> None:
-        row = sweep.result_row(trial)
-        shown = row.error if row.test_accuracy is None else f"test accuracy {row.test_accuracy:.4f}"
-        tqdm.write(f"{trial.label:<40} {row.status:<7} {shown}")
-        sys.stdout.flush()
-        _write_tables(trials, workdir)
-
     try:
-        executor.run_trials(trials, jobs, _RETRY_FAILED.value, workdir / "compilation_cache", on_end)
+        cache = workdir / "compilation_cache"
+        executor.run_trials(trials, failed, jobs, _RETRY_FAILED.value, cache, report.show_ended, told)
     finally:
-        summaries = _write_tables(trials, workdir)
-        plots.sweep_plots(summaries, workdir / "plots")
+        summaries = report.write()
+        report.draw(summaries)
     _print_summary(summaries)
     others = {path.name for path in workdir.glob("trials/*")} - {trial.directory.name for trial in trials}
     if others:
         print(f"{len(others)} trials of earlier grids are kept in {workdir / 'trials'}, outside these tables")
     print(f"results: {workdir / 'results.csv'}, {workdir / 'summary.md'}, {workdir / 'plots'}")
-    failed = [trial.label for trial in trials if trial.status == "failed"]
-    if failed:
-        print(f"failed: {', '.join(failed)}; --retry_failed runs them again")
+    if report.show_trouble():
         sys.exit(1)
+    unfinished = [trial.label for trial in trials if failed.status(trial) == "unfinished"]
+    if unfinished:
+        raise preemption.Preempted(f"trials were told to stop and are unfinished: {', '.join(unfinished)}")
 
 
-def _write_tables(trials: Sequence[sweep.Trial], workdir: Path) -> list[sweep.Summary]:
-    rows = [sweep.result_row(trial) for trial in trials]
-    summaries = sweep.summarise(trials, rows)
-    files.write_rows(workdir / "results.csv", [dataclasses.asdict(row) for row in rows])
-    files.write_text(workdir / "summary.md", sweep.to_markdown(summaries, rows))
-    return summaries
+class _Report:
+    """The sweep's tables and pictures; what cannot be written does not end the sweep."""
+
+    def __init__(self, trials: Sequence[sweep.Trial], failed: Failures, workdir: Path) -> None:
+        self._trials = trials
+        self._failed = failed
+        self._workdir = workdir
+        self._unwritten: dict[str, OSError] = {}
+
+    def show_ended(self, trial: sweep.Trial) -> None:
+        """Prints how a trial ended, and brings the tables up to date."""
+        row = sweep.result_row(trial, self._failed.cause(trial))
+        shown = row.error if row.test_accuracy is None else f"test accuracy {row.test_accuracy:.4f}"
+        _say(f"{trial.label:<40} {row.status:<10} {shown}")
+        for warning in (trial.result or {}).get("warnings", []):
+            _say(f"    {warning}")
+        self.write()
+
+    def write(self) -> list[sweep.Summary]:
+        """Writes the tables as things stand."""
+        rows = [sweep.result_row(trial, self._failed.cause(trial)) for trial in self._trials]
+        summaries = sweep.summarise(self._trials, rows)
+        with self._goes_on("tables"):
+            files.write_rows(self._workdir / "results.csv", [dataclasses.asdict(row) for row in rows])
+            files.write_text(self._workdir / "summary.md", sweep.to_markdown(summaries, rows))
+        return summaries
+
+    def draw(self, summaries: Sequence[sweep.Summary]) -> None:
+        """Draws accuracy and bytes of the finished trials."""
+        with self._goes_on("plots"):
+            plots.sweep_plots(summaries, self._workdir / "plots")
+
+    def draw_memory(self, base: config.Config) -> None:
+        """Counts the memory_base model from 1 to 4096 experts, from shapes alone, and shows the 64-expert figures."""
+        rest = storage.Storage(router=base.model.router_precision)
+        with self._goes_on("memory report"):
+            points = memory_report.write(base, rest, MEMORY_EXPERTS, self._workdir)
+            shown = [p for p in points if p.num_experts == 64 and p.variant.numbers in ("float32", *SHOWN_ANGLES)]
+            where = self._workdir / "memory_totals.csv"
+            print(f"{memory_report.describe(base)}, 64 experts, counted from shapes (all: {where}):")
+            tables.show(tables.memory_table(shown))
+
+    def show_trouble(self) -> bool:
+        """Prints what failed and what is not written as it should be; says whether there was any."""
+        for name, error in self._unwritten.items():
+            print(f"{name} could not be written: {error}")
+        failed = [trial for trial in self._trials if self._failed.status(trial) == "failed"]
+        for trial in failed:
+            print(f"failed: {trial.label}: {sweep.result_row(trial, self._failed.cause(trial)).error}")
+        for trial in failed:
+            if not self._failed.is_recorded(trial):
+                print(f"{self._failed.directory} could not be written; what it should say of {trial.label}:")
+                print(self._failed.cause(trial))
+        if failed:
+            print(f"{len(failed)} trials failed, see {self._failed.directory}; --retry_failed runs them again")
+        return bool(failed or self._unwritten)
+
+    @contextlib.contextmanager
+    def _goes_on(self, name: str) -> Iterator[None]:
+        """Says so when something cannot be written, the first time in a row."""
+        try:
+            yield
+        except OSError as error:
+            if name not in self._unwritten:
+                _say(f"{name} could not be written, the sweep goes on: {error}")
+            self._unwritten[name] = error
+        else:
+            self._unwritten.pop(name, None)
 
 
-def _draw_memory(base: config.Config, workdir: Path) -> None:
-    """Counts the memory_base model from 1 to 4096 experts, from shapes alone, and shows the 64-expert figures."""
-    points = memory_report.write(base, storage.Storage(router=base.model.router_precision), MEMORY_EXPERTS, workdir)
-    shown = [p for p in points if p.num_experts == 64 and p.variant.numbers in ("float32", *SHOWN_ANGLES)]
-    print(f"{memory_report.describe(base)}, 64 experts, counted from shapes (all: {workdir / 'memory_totals.csv'}):")
-    tables.show(tables.memory_table(shown))
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # output may go to the disk that is full
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def _print_summary(summaries: Sequence[sweep.Summary]) -> None:

@@ -2,8 +2,11 @@
 
     python -m experiments.train --config=configs/digits.py --workdir=runs/digits
 
-Started again on the same workdir, it goes on from the newest checkpoint. Any field of the configuration can be changed
-on the command line: --config.model.num_experts=32 --config.seed=1
+Started again on the same workdir, it goes on from the newest good checkpoint and ends as if it had never stopped, to
+the bit. Any field of the configuration can be changed on the command line: --config.model.num_experts=32
+
+Exit status: 0 finished; 2 a bad configuration or workdir; 65 a loss or gradient that is not finite (report in
+WORKDIR/nonfinite); 75 told to stop (SIGTERM) and saved; 76 another process of the run was lost; 130 Ctrl-C.
 
 All devices are used. On several hosts the same command runs on each; on Cloud TPU they find each other, elsewhere they
 need --coordinator=HOST:PORT --num_processes=N --process_id=I. What is computed does not depend on the devices, and a
@@ -19,7 +22,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from bvit_jax import config, processes, train
+from bvit_jax import config, peers, processes, train
 from experiments import entry, mesh_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/digits.py:standard,16.")
@@ -38,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if processes.is_first():
         print(f"run {resolved.digest()} in {workdir}, {jax.device_count()} devices, {jax.process_count()} processes")
-    result = train.run(resolved, workdir, layout=layout)
+    with peers.together():
+        result = train.run(resolved, workdir, layout=layout)
     if processes.is_first():
         _report(result, workdir)
 

@@ -40,6 +40,8 @@ OTHER: dict[str, Any] = {
     "batch_size": 8,
     "log_every": 3,
     "eval_every": 4,
+    "keep_every": 3,
+    "max_skipped_steps": 2,
     **{
         f"data.{name}": value + 1
         for name, value in PROCEDURAL.items()
@@ -124,6 +126,8 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("batch_size", 0, "at least 1"),
         ("log_every", 0, "at least 1"),
         ("eval_every", -5, "at least 1"),
+        ("keep_every", -1, "0 or more"),
+        ("max_skipped_steps", -1, "0 or more"),
         ("optimizer.warmup_steps", 6, "under total_steps = 6"),
         ("optimizer.warmup_steps", -1, "0 or more"),
         ("optimizer.learning_rate", 0.0, "above 0"),
@@ -168,6 +172,8 @@ def test_an_impossible_value_is_named_with_what_would_be_right(name, value, righ
     [
         ("seed", "an integer"),
         ("total_steps", "an integer"),
+        ("keep_every", "an integer"),
+        ("max_skipped_steps", "an integer"),
         ("data.max_shift", "an integer"),
         ("model.num_experts", "an integer"),
         ("optimizer.warmup_steps", "an integer"),
@@ -213,6 +219,12 @@ def test_an_integer_beyond_all_floats_is_refused(name):
         changed(name, 10**400)
 
 
+def test_nothing_need_be_kept_for_good_and_no_step_left_out():
+    config = resolve(raw_config(keep_every=0, max_skipped_steps=0))
+    assert (config.keep_every, config.max_skipped_steps) == (0, 0)
+    assert changed("keep_every", 10**6).keep_every == 10**6  # never reached: as 0
+
+
 def test_the_largest_seed_is_taken():
     assert changed("seed", 2**32 - 1).seed == 2**32 - 1
 
@@ -231,7 +243,17 @@ def test_an_unknown_field_is_named(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["seed", "total_steps", "data.noise", "model.top_k", "loss.router_z", "optimizer.clip_norm"]
+    "name",
+    [
+        "seed",
+        "total_steps",
+        "keep_every",
+        "max_skipped_steps",
+        "data.noise",
+        "model.top_k",
+        "loss.router_z",
+        "optimizer.clip_norm",
+    ],
 )
 def test_a_missing_field_is_named(name):
     raw = raw_config()

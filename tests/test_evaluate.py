@@ -3,7 +3,7 @@ import numpy as np
 import oracles
 import pytest
 
-from bvit_jax import components, evaluate, vit
+from bvit_jax import components, data, evaluate, sharding, train_step, vit
 from tests.conftest import make_model
 
 
@@ -49,3 +49,33 @@ def test_without_rotations_all_experts_are_the_prototype(key):
     still["segment_0"]["block_0"]["ffn"]["router"]["kernel"] = -ffn["router"]["kernel"]
     np.testing.assert_allclose(vit.apply(config, still, images)[0], logits, atol=1e-4)
     assert np.abs(vit.apply(config, params, images)[0] - logits).max() > 1e-3
+
+
+def test_between_is_called_after_each_batch_and_what_it_raises_ends_the_evaluation(monkeypatch):
+    # A model that says class 1 of every image; the step that is compiled otherwise is not what is tested.
+    def step(params, images, labels, weights):
+        calls.append("batch")
+        count = weights.sum()
+        return train_step.EvalSums(count, ((labels == 1) * weights).sum(), 2 * count, None, None)
+
+    class ToldToStop(Exception):
+        pass
+
+    def stop() -> None:
+        calls.append("between")
+        if calls.count("between") == 2:
+            raise ToldToStop
+
+    monkeypatch.setattr(train_step, "make_eval_step", lambda config, placement: step)
+    split = data.Split(np.zeros((5, 8, 8, 1), np.float32), np.array([1, 1, 0, 1, 1], np.int32))
+    config = make_model()
+    placement = sharding.place(config, 2)
+    calls: list[str] = []
+    found = evaluate.evaluate({}, config, split, 2, placement, lambda: calls.append("between"))
+    assert calls == ["batch", "between"] * 3
+    assert (found.accuracy, found.nll, found.count) == (0.8, 2.0, 5)
+    assert evaluate.evaluate({}, config, split, 2, placement) == found
+    calls.clear()
+    with pytest.raises(ToldToStop):
+        evaluate.evaluate({}, config, split, 2, placement, stop)
+    assert calls == ["batch", "between"] * 2

@@ -1,14 +1,17 @@
 import dataclasses
-import json
+import errno
 import multiprocessing
 import os
+import signal
 import threading
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from bvit_jax import executor, metrics, sweep, train
+from bvit_jax import executor, sweep, train
+from bvit_jax.failures import Failures
 from bvit_jax.model_config import ConfigError
 from tests.conftest import make_config
 
@@ -18,10 +21,19 @@ def make_trial(workdir: Path, **changes: object) -> sweep.Trial:
     return sweep.Trial(config, workdir / "trials" / config.digest())
 
 
+def failures_of(workdir: Path) -> Failures:
+    return Failures(workdir / "errors")
+
+
 def run(trials: list[sweep.Trial], workdir: Path, jobs: int = 2, retry_failed: bool = False) -> list[sweep.Trial]:
     ended: list[sweep.Trial] = []
-    executor.run_trials(trials, jobs, retry_failed, workdir / "cache", ended.append)
+    told = threading.Event()
+    executor.run_trials(trials, failures_of(workdir), jobs, retry_failed, workdir / "cache", ended.append, told)
     return ended
+
+
+def row(trial: sweep.Trial, workdir: Path) -> sweep.ResultRow:
+    return sweep.result_row(trial, failures_of(workdir).cause(trial))
 
 
 def broken(trial: sweep.Trial) -> sweep.Trial:
@@ -30,46 +42,117 @@ def broken(trial: sweep.Trial) -> sweep.Trial:
     return dataclasses.replace(trial, config=config)
 
 
-def test_a_failing_trial_is_recorded_and_the_others_go_on(tmp_path):
-    good, other = make_trial(tmp_path), make_trial(tmp_path, seed=1)
-    bad = broken(make_trial(tmp_path, seed=2))
-    ended = run([bad, good, other], tmp_path)
-    assert sorted(trial.config.seed for trial in ended) == [0, 1, 2]
-    assert [trial.status for trial in (bad, good, other)] == ["failed", "ok", "ok"]
-    row = sweep.result_row(bad)
-    assert (row.status, row.test_accuracy) == ("failed", None)
-    assert row.error.startswith("ValueError: splits of (5, 197, 400) images do not add up to the 1797")
-    assert "Traceback" in (bad.directory / sweep.ERROR_FILE).read_text()
-    # A trial in a process of its own gives what the same run gives here.
-    here = train.run(good.config, tmp_path / "here", show_progress=False)
-    there = json.loads((good.directory / "result.json").read_text())
-    assert there["test_nll"] == pytest.approx(here["test_nll"], rel=1e-6)
+def out_of_memory(workdir: Path) -> sweep.Trial:
+    """A trial with more images than there are addresses."""
+    data = {"name": "procedural", "image_size": 8, "channels": 1, "num_classes": 10, "num_train": 10**15}
+    data |= {"num_validation": 16, "num_test": 16, "seed": 0}
+    return make_trial(workdir, **{f"data__{name}": value for name, value in data.items()})
 
-    assert run([bad, good, other], tmp_path) == []
+
+def test_trials_that_fail_in_any_way_are_recorded_and_the_others_go_on(tmp_path):
+    good, split, memory = make_trial(tmp_path), broken(make_trial(tmp_path, seed=1)), out_of_memory(tmp_path)
+    in_the_way, read_only, full = (make_trial(tmp_path, seed=seed) for seed in (2, 3, 4))
+    (tmp_path / "trials").mkdir()
+    in_the_way.directory.write_text("a file")
+    read_only.directory.symlink_to("/sys/kernel")  # where not even root can write
+    full.directory.mkdir()
+    (full.directory / "result.json.partial").symlink_to("/dev/full")
+    bad = [split, memory, in_the_way, read_only, full]
+    ended = run([*bad, good], tmp_path)
+    assert {trial.label for trial in ended} == {trial.label for trial in (*bad, good)}
+    assert len(ended) == 6
+    rows = [row(trial, tmp_path) for trial in bad]
+    assert {(row.status, row.test_accuracy) for row in rows} == {("failed", None)}
+    assert rows[0].error.startswith("ValueError: splits of (5, 197, 400) images do not add up to the 1797")
+    assert "MemoryError: Unable to allocate 7.11 PiB" in rows[1].error
+    assert rows[2].error.startswith("FileExistsError: [Errno 17] File exists")
+    assert rows[3].error.startswith("PermissionError: [Errno 13] Permission denied")
+    assert rows[4].error.startswith("OSError: [Errno 28] No space left on device")
+    assert all(failures_of(tmp_path).cause(trial).startswith("Traceback") for trial in bad)
+    # A trial in a process of its own gives what the same run gives here.
+    assert good.status(None) == "ok"
+    here = train.run(good.config, tmp_path / "here", show_progress=False)
+    assert good.result["test_nll"] == pytest.approx(here["test_nll"], rel=1e-6)
+
+    assert run([*bad, good], tmp_path) == []
 
 
 def test_a_failed_trial_is_left_alone_until_a_retry_is_asked_for(tmp_path):
     trial = make_trial(tmp_path)
-    sweep.record_failure(trial, "out of luck\n")
-    assert sweep.result_row(trial).error == "out of luck"
+    failures_of(tmp_path).record(trial, "out of luck\n")
+    assert row(trial, tmp_path).error == "out of luck"
     assert run([trial], tmp_path) == []
     assert run([trial], tmp_path, retry_failed=True) == [trial]
-    assert trial.status == "ok"
-    assert not (trial.directory / sweep.ERROR_FILE).exists()
+    assert row(trial, tmp_path).status == "ok"
+    assert failures_of(tmp_path).cause(trial) is None
 
 
-def test_a_killed_trial_is_recorded_with_its_signal(tmp_path):
-    trial = make_trial(tmp_path, total_steps=100_000)
-    thread = threading.Thread(target=run, args=([trial], tmp_path))
-    thread.start()
+def endless(workdir: Path, seed: int = 0) -> sweep.Trial:
+    return make_trial(workdir, total_steps=1_000_000, seed=seed)
+
+
+def child_in_training(trial: sweep.Trial) -> BaseProcess:
+    """Waits until a trial trains; returns the one process there is."""
     deadline = time.monotonic() + 120
-    while not metrics.read_rows(trial.directory / "metrics.jsonl") and time.monotonic() < deadline:
-        time.sleep(0.1)
+    while not trial.rows("metrics.jsonl") and time.monotonic() < deadline:
+        time.sleep(0.05)
     (child,) = multiprocessing.active_children()
-    os.kill(child.pid, 9)
-    thread.join(timeout=60)
+    return child
+
+
+def test_a_killed_trial_is_recorded_and_one_that_was_told_to_stop_is_not(tmp_path):
+    killed, told, good = endless(tmp_path), endless(tmp_path, seed=1), make_trial(tmp_path)
+    ended: list[sweep.Trial] = []
+    failed = failures_of(tmp_path)
+    arguments = ([killed, told, good], failed, 1, False, tmp_path / "cache", ended.append, threading.Event())
+    thread = threading.Thread(target=executor.run_trials, args=arguments)
+    thread.start()
+    os.kill(child_in_training(killed).pid, signal.SIGKILL)
+    os.kill(child_in_training(told).pid, signal.SIGTERM)
+    thread.join(timeout=120)
     assert not thread.is_alive()
-    assert sweep.result_row(trial).error.startswith("the trial's process ended early: killed by signal 9")
+    assert ended == [killed, told, good]
+    assert [failed.status(trial) for trial in ended] == ["failed", "unfinished", "ok"]
+    assert row(killed, tmp_path).error == (
+        "the trial's process ended early: killed by signal 9 (kill -9, or the kernel when memory ran out); "
+        f"its output is in {killed.directory / 'output.txt'}"
+    )
+
+
+def test_a_trial_that_does_not_stop_in_time_is_killed_and_is_no_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(executor, "STOP_SECONDS", 0.5)
+    trial, failed, ended = endless(tmp_path), failures_of(tmp_path), []
+    with executor._Runner([trial], failed, 1, tmp_path / "cache", ended.append) as runner:
+        runner.turn()
+        (child,) = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGSTOP)
+        runner.stop()
+    assert child.exitcode == -signal.SIGKILL
+    assert ended == [trial]
+    assert failed.status(trial) == "unfinished"
+
+
+def test_a_process_that_cannot_start_is_a_failure(tmp_path, monkeypatch):
+    def refuse(process: BaseProcess) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", refuse)
+    trials = [make_trial(tmp_path, seed=seed) for seed in range(2)]
+    assert run(trials, tmp_path) == trials
+    assert row(trials[1], tmp_path).error == "BlockingIOError: [Errno 11] Resource temporarily unavailable"
+
+
+def test_a_cause_longer_than_a_pipe_holds_arrives_whole(tmp_path):
+    here, there = multiprocessing.Pipe()
+    sender = threading.Thread(target=there.send_bytes, args=(b"x" * 10**7,), daemon=True)
+    sender.start()
+    job = executor._Job(make_trial(tmp_path), multiprocessing.Process(), here, 0)
+    while sender.is_alive():
+        job.listen()
+    there.close()
+    job.listen()  # the other end is gone: no more to come, no error
+    assert job.cause == "x" * 10**7
+    here.close()
 
 
 def test_default_jobs_depend_on_the_backend(monkeypatch):

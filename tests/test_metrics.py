@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from bvit_jax import files, metrics
+from bvit_jax import metrics
 
 
 def events(directory: Path) -> list[Event]:
@@ -22,47 +22,6 @@ def events(directory: Path) -> list[Event]:
 
 def scalars(directory: Path) -> list[tuple[str, int, float]]:
     return [(value.tag, event.step, value.simple_value) for event in events(directory) for value in event.summary.value]
-
-
-def test_text_is_written_whole(tmp_path):
-    path = tmp_path / "a.txt"
-    files.write_text(path, "first")
-    files.write_text(path, "second")
-    assert path.read_text() == "second"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.txt"
-    files.write_text(path, "old")
-
-    def torn(self: Path, content: bytes) -> None:
-        with self.open("wb") as file:
-            file.write(content[:2])
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", torn)
-        with pytest.raises(OSError, match="disk full"):
-            files.write_text(path, "new and longer")
-    assert path.read_text() == "old"
-    files.write_text(path, "newer")
-    assert path.read_text() == "newer"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_json_comes_back(tmp_path):
-    content = {"a": [1, 2.5, None], "b": {"c": "é"}}
-    files.write_json(tmp_path / "a.json", content)
-    assert json.loads((tmp_path / "a.json").read_text()) == content
-    assert (tmp_path / "a.json").read_text().endswith("}\n")
-
-
-def test_what_is_no_json_leaves_the_old_file(tmp_path):
-    files.write_json(tmp_path / "a.json", [1])
-    with pytest.raises(TypeError):
-        files.write_json(tmp_path / "a.json", [object()])
-    assert json.loads((tmp_path / "a.json").read_text()) == [1]
 
 
 @pytest.mark.parametrize(
@@ -87,9 +46,43 @@ def test_an_absent_file_has_no_rows(tmp_path):
     assert metrics.read_rows(tmp_path / "rows.jsonl") == []
 
 
+def test_a_damaged_row_ends_what_is_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st\xffp": 2}\n{"step": \xff}\n{"step": 4}\n')
+    assert metrics.read_rows(path)[0] == {"step": 1}
+    assert {"step": 4} not in metrics.read_rows(path)
+    assert metrics.parse('{"step": 1}\n\n{"step": 3}\n') == [{"step": 1}]
+
+
+def test_a_line_separator_within_a_row_does_not_end_it():
+    assert metrics.parse('{"name": "a\u2028b\x85c"}\n') == [{"name": "a\u2028b\x85c"}]
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ({}, None),
+        ({3: (0.0, 9.0)}, 3),
+        ({1: (0.2, 2.0), 2: (0.9, 1.0), 3: (0.3, 0.5)}, 2),  # by accuracy first
+        ({1: (0.5, 2.0), 2: (0.5, 1.0), 3: (0.5, 3.0)}, 2),  # then by likelihood
+        ({1: (0.5, 1.0), 2: (0.5, 1.0), 3: (0.4, 1.0)}, 2),  # then the later
+        ({2: (0.5, 1.0), 1: (0.5, 1.0)}, 2),
+    ],
+)
+def test_the_best_row_is_of_the_validation_split(scores, best):
+    rows = [
+        {"step": step, "split": "validation", "accuracy": accuracy, "nll": nll}
+        for step, (accuracy, nll) in scores.items()
+    ]
+    others = [{"step": 4, "split": split, "accuracy": 1.0, "nll": 0.0} for split in ("train", "test")]
+    found = metrics.best_row([others[0], *rows, others[1], {"step": 5}])
+    assert (found and found["step"]) == best
+
+
 def test_rows_can_be_read_while_the_file_is_open(tmp_path):
     path = tmp_path / "rows.jsonl"
-    lines = metrics.JsonLines(path, 0)
+    lines = metrics.JsonLines(path, "")
+    assert path.read_text() == ""
     for step in (1, 2):
         lines.write({"step": step, "loss": step / 3})
         assert metrics.read_rows(path)[-1] == {"step": step, "loss": step / 3}
@@ -97,28 +90,21 @@ def test_rows_can_be_read_while_the_file_is_open(tmp_path):
     assert len(metrics.read_rows(path)) == 2
 
 
-@pytest.mark.parametrize(("last_step", "kept"), [(0, []), (2, [1, 2, 2]), (3, [1, 2, 2, 3]), (9, [1, 2, 2, 3])])
-def test_reopening_drops_what_came_after_the_last_step(tmp_path, last_step, kept):
+@pytest.mark.parametrize("before", [None, "", '{"step": 1}\n{"step": 2}\n{"st', "rubbish"])
+@pytest.mark.parametrize("text", ["", '{"step": 1}\n', '{"step":1}\n{"step":  7}\n'])
+def test_lines_begin_with_the_text_given_whatever_the_file_held(tmp_path, before, text):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 2, 3)) + '{"step": 4, "lo')
-    lines = metrics.JsonLines(path, last_step)
-    assert [row["step"] for row in metrics.read_rows(path)] == kept
+    if before is not None:
+        path.write_text(before)
+    lines = metrics.JsonLines(path, text)
+    assert path.read_text() == text
     lines.write({"step": 10})
     lines.close()
-    assert [row["step"] for row in metrics.read_rows(path)] == [*kept, 10]
-    assert path.read_text().count("\n") == len(kept) + 1
-
-
-def test_reopening_drops_the_test_split_which_is_reported_last(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"step": 4, "split": split} for split in ("train", "validation", "test")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics.JsonLines(path, 4).close()
-    assert metrics.read_rows(path) == rows[:2]
+    assert path.read_text() == text + '{"step": 10}\n'
 
 
 def test_a_run_log_writes_rows_and_scalars(tmp_path):
-    log = metrics.RunLog(tmp_path, 0)
+    log = metrics.RunLog(tmp_path, 0, "")
     log.metrics(3, "train", {"loss": 1.5, "count": 7, "load": [0.5, 0.5], "name": "a"})
     log.metrics(4, "validation", {"accuracy": 0.25})
     log.timing(4, {"images_per_second": 80.0})
@@ -139,7 +125,7 @@ def test_a_run_log_writes_rows_and_scalars(tmp_path):
 def test_a_run_log_that_is_not_active_touches_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
     before = (tmp_path / "metrics.jsonl").stat()
-    log = metrics.RunLog(tmp_path, 2, active=False)
+    log = metrics.RunLog(tmp_path, 2, '{"step": 2}\n', active=False)
     log.metrics(3, "train", {"loss": 1.5})
     log.timing(3, {"seconds": 1.0})
     log.close()
@@ -148,25 +134,45 @@ def test_a_run_log_that_is_not_active_touches_nothing(tmp_path):
     assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.parametrize("active", [True, False])
+def test_the_text_of_a_run_log_is_that_of_its_file_wherever_it_is_written(tmp_path, active):
+    known = '{"step": 2, "split": "train", "loss": 0.1}\n'
+    log = metrics.RunLog(tmp_path, 2, known, active)
+    assert log.text == known
+    log.metrics(3, "train", {"loss": 1 / 3})
+    log.timing(3, {"seconds": 1.0})
+    log.close()
+    assert log.text == known + json.dumps({"step": 3, "split": "train", "loss": 1 / 3}) + "\n"
+    assert (tmp_path / "metrics.jsonl").exists() == active
+    if active:
+        assert (tmp_path / "metrics.jsonl").read_text() == log.text
+
+
 def test_a_run_log_goes_on_where_the_run_does(tmp_path):
-    log = metrics.RunLog(tmp_path, 0)
+    log, known = metrics.RunLog(tmp_path, 0, ""), ""
     for step in (1, 2, 3):
         log.metrics(step, "train", {"loss": 1.0})
-        log.timing(step, {"seconds": 1.0})
+        log.timing(step, {"wall_seconds": 1.0})
+        known = log.text if step == 2 else known
     log.close()
-    log = metrics.RunLog(tmp_path, 2)
+    with (tmp_path / "timing.jsonl").open("a") as file:
+        file.write('{"step": 4, "sec')
+    log = metrics.RunLog(tmp_path, 2, known)
     log.metrics(3, "train", {"loss": 2.0})
-    log.timing(3, {"seconds": 2.0})
+    log.timing(3, {"wall_seconds": 2.0})
     log.close()
-    assert [(row["step"], row["loss"]) for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [
-        (1, 1),
-        (2, 1),
-        (3, 2),
-    ]
-    assert [(row["step"], row["seconds"]) for row in metrics.read_rows(tmp_path / "timing.jsonl")] == [
-        (1, 1),
-        (2, 1),
-        (3, 2),
-    ]
+    losses = [(row["step"], row["loss"]) for row in metrics.read_rows(tmp_path / "metrics.jsonl")]
+    assert losses == [(1, 1), (2, 1), (3, 2)]
+    seconds = [(row["step"], row["wall_seconds"]) for row in metrics.read_rows(tmp_path / "timing.jsonl")]
+    assert seconds == [(1, 1), (2, 1), (3, 2)]
     # TensorBoard is told to forget what came after the last step.
     assert max(event.step for event in events(tmp_path / "tensorboard") if event.HasField("session_log")) == 3
+
+
+def test_a_log_that_was_lost_is_made_good_from_what_is_known(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("rubbish")
+    (tmp_path / "timing.jsonl").write_text("rubbish\n")
+    known = '{"step": 1, "split": "train"}\n'
+    metrics.RunLog(tmp_path, 1, known).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == known
+    assert (tmp_path / "timing.jsonl").read_text() == ""

@@ -1,7 +1,8 @@
 import json
+import os
+import runpy
 import shutil
-import socket
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, call, environment, make_config, on_devices
+from conftest import call, make_config, on_devices
+from several import Ended, endings, started
 
-from bvit_jax import data, evaluate, metrics, processes, sharding, train
+from bvit_jax import data, evaluate, metrics, peers, processes, sharding, train
 from bvit_jax.checkpoints import best_params
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
@@ -42,7 +44,7 @@ from bvit_jax.sharding import Layout
     ],
 )
 def test_what_cannot_start_is_named(monkeypatch, arguments, message):
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it was started"))
     together = "it must be given together with the others of coordinator, num_processes and process_id"
     with pytest.raises(ConfigError) as found:
         processes.start(*arguments)
@@ -50,21 +52,21 @@ def test_what_cannot_start_is_named(monkeypatch, arguments, message):
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Arguments of every start of JAX's own."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments, **_: calls.append(arguments))
     return calls
 
 
-def test_what_is_given_is_passed_on(started):
+def test_what_is_given_is_passed_on(starts):
     processes.start("10.0.0.1:8476", 4, 3)
     processes.start("[::1]:8476", 1, 0)
-    assert started == [("10.0.0.1:8476", 4, 3), ("[::1]:8476", 1, 0)]
+    assert starts == [("10.0.0.1:8476", 4, 3), ("[::1]:8476", 1, 0)]
 
 
 @pytest.mark.parametrize(
-    ("tpu", "platforms", "starts"),
+    ("tpu", "platforms", "times"),
     [
         (True, "tpu,cpu", 1),
         (True, "tpu", 1),
@@ -74,7 +76,7 @@ def test_what_is_given_is_passed_on(started):
         (False, "tpu", 0),
     ],
 )
-def test_hosts_of_tpus_find_each_other_and_others_are_alone(started, monkeypatch, tpu, platforms, starts):
+def test_hosts_of_tpus_find_each_other_and_others_are_alone(starts, monkeypatch, tpu, platforms, times):
     monkeypatch.setattr(processes, "has_tpu", lambda: tpu)
     before = jax.config.jax_platforms
     try:
@@ -82,11 +84,11 @@ def test_hosts_of_tpus_find_each_other_and_others_are_alone(started, monkeypatch
         processes.start()
     finally:
         jax.config.update("jax_platforms", before)
-    assert started == [()] * starts
+    assert starts == [()] * times
 
 
 def test_hosts_of_tpus_that_do_not_find_each_other_are_one_clear_error(monkeypatch):
-    def fails() -> None:
+    def fails(**_: object) -> None:
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(processes, "has_tpu", lambda: True)
@@ -106,7 +108,7 @@ def test_hosts_of_tpus_that_do_not_find_each_other_are_one_clear_error(monkeypat
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError, OSError])
 def test_processes_that_do_not_come_together_are_one_clear_error(monkeypatch, kind):
-    def fails(*_: object) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise kind("DEADLINE_EXCEEDED: barrier timed out\nmany more lines")
 
     monkeypatch.setattr(jax.distributed, "initialize", fails)
@@ -114,6 +116,23 @@ def test_processes_that_do_not_come_together_are_one_clear_error(monkeypatch, ki
         processes.start("localhost:80", 2, 0)
     assert str(found.value) == (
         "coordinator = 'localhost:80': the 2 processes did not come together (DEADLINE_EXCEEDED: barrier timed out)"
+    )
+
+
+def wait_in_vain(port: int, number: int) -> None:
+    """Starts as one of two processes, the other of which never comes."""
+    processes.START_SECONDS = 2.0
+    processes.start(f"localhost:{port}", 2, number)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_waits_for_others_in_vain_ends_with_one_line(number):
+    with started(1, lambda port, _: call(wait_in_vain, port, number)) as running:
+        [process] = endings(running, within=60)
+    assert process.returncode == peers.EXIT_STATUS
+    assert process.stderr.startswith("error: coordinator = 'localhost:")
+    assert process.stderr.endswith(
+        "': the 2 processes did not come together within 2 s; start the same command on all hosts\n"
     )
 
 
@@ -151,6 +170,7 @@ def test_one_process_does_its_work_itself():
     with pytest.raises(ZeroDivisionError):
         processes.on_first(lambda: 1 // 0)
     processes.check_same("seed", "3")
+    assert [processes.all_agree(holds) for holds in (True, False)] == [True, False]
 
 
 # Two processes
@@ -171,38 +191,39 @@ def short(argument: str = "standard,4", **changes: object) -> Config:
 ROTATED = short("butterfly,4")
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
-
-
-def in_pair(command: Callable[[int, int], list[str]]) -> list[subprocess.CompletedProcess[str]]:
+def in_pair(command: Callable[[int, int], list[str]]) -> list[Ended]:
     """Runs command(port, process) as two processes of two devices each, to the end of both."""
-    port = free_port()
-    settings: Any = {"cwd": ROOT, "env": environment(2), "text": True, "stdout": subprocess.PIPE}
-    running = [subprocess.Popen(command(port, i), **settings, stderr=subprocess.PIPE) for i in (0, 1)]
-    try:
-        outputs = [process.communicate(timeout=240) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *output)
-        for process, output in zip(running, outputs, strict=True)
-    ]
+    with started(2, command) as running:
+        return endings(running)
 
 
-def train_in_pair(workdir: Path, *flags: str, second: tuple[str, ...] = ()) -> list[subprocess.CompletedProcess[str]]:
+def train_in_pair(workdir: Path, *flags: str, second: tuple[str, ...] = ()) -> list[Ended]:
     def command(port: int, number: int) -> list[str]:
-        where = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}"]
-        run = ["experiments.train", "--config=configs/digits.py:standard,4", f"--workdir={workdir}", *FLAGS, *where]
-        return [sys.executable, "-m", *run, *flags, *(second if number else ())]
+        return [sys.executable, "-m", *train_command(port, number, workdir), *flags, *(second if number else ())]
 
     return in_pair(command)
 
 
-def printed(process: subprocess.CompletedProcess[str]) -> list[str]:
+def train_command(port: int, number: int, workdir: Path) -> list[str]:
+    where = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={number}"]
+    return ["experiments.train", "--config=configs/digits.py:standard,4", f"--workdir={workdir}", *FLAGS, *where]
+
+
+def train_and_die(port: int, number: int, workdir: str, step: int) -> None:
+    """The entry point, killed before it takes a step."""
+    batch_of = data.train_batch
+
+    def dies(split: data.Split, batch_size: int, seed: int, at: int, rows: np.ndarray) -> data.Batch:
+        if at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch_of(split, batch_size, seed, at, rows)
+
+    data.train_batch = dies
+    sys.argv = train_command(port, number, Path(workdir))
+    runpy.run_module("experiments.train", run_name="__main__")
+
+
+def printed(process: Ended) -> list[str]:
     """Lines on standard output, without those of the library that connects CPUs."""
     return [line for line in process.stdout.splitlines() if not line.startswith("[Gloo]")]
 
@@ -253,6 +274,7 @@ def talk(port: int, number: int, folder: str) -> None:
         "same": raised(lambda: processes.check_same("seed", "12")),
         "other": raised(lambda: processes.check_same("seed", f"1{number}")),
         "longer": raised(lambda: processes.check_same("seed", "ä" * (3 + 2 * number))),
+        "agreed": [processes.all_agree(holds) for holds in (True, number == 0, number == 1, False)],
         "after all": processes.on_first(lambda: number),
     }
 
@@ -294,7 +316,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[subprocess.CompletedProcess[str]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Ended]]:
     """A run that two processes with two devices each did from start to end, by the entry point."""
     workdir = tmp_path_factory.mktemp("trained")
     return workdir, train_in_pair(workdir)
@@ -334,6 +356,11 @@ def test_an_error_of_the_first_is_one_of_all(pair):
     assert first["config error"] == second["config error"] == ["ConfigError", "é = 3: it must be 4"]
     assert first["other error"] == ["OSError", "disk full"]
     assert second["other error"] == ["RuntimeError", "disk full"]
+
+
+def test_all_agree_only_if_each_does(pair):
+    for found in pair[1]:
+        assert found["agreed"] == [True, False, False, False]
 
 
 def test_the_process_that_differs_is_named_in_all(pair):
@@ -407,6 +434,27 @@ def test_two_processes_train_and_the_first_alone_reports(trained):
     timing = metrics.read_rows(workdir / "timing.jsonl")
     assert [row["step"] for row in timing] == [2, 4, 6, 6]
     assert len(list((workdir / "tensorboard").iterdir())) == 1
+
+
+def test_a_run_that_lost_each_of_its_processes_ends_like_one_that_did_not(trained, tmp_path):
+    for victim, step in ((1, 4), (0, 5)):
+
+        def command(port: int, number: int, victim: int = victim, step: int = step) -> list[str]:
+            if number == victim:
+                return call(train_and_die, port, number, str(tmp_path), step)
+            return [sys.executable, "-m", *train_command(port, number, tmp_path)]
+
+        both = in_pair(command)
+        assert both[victim].returncode == -signal.SIGKILL, both[victim].stderr
+        survivor = both[1 - victim]
+        assert survivor.returncode == peers.EXIT_STATUS, survivor.stderr
+        assert f"error: process {victim} of 2 is gone (" in survivor.stderr
+        assert not (tmp_path / "result.json").exists()
+    for process in train_in_pair(tmp_path):
+        assert process.returncode == 0, process.stderr
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (trained[0] / "metrics.jsonl").read_bytes()
+    results = [json.loads((workdir / "result.json").read_text()) for workdir in (tmp_path, trained[0])]
+    assert results[0] | {"timing": None} == results[1] | {"timing": None}
 
 
 def on_four_devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -168,8 +168,7 @@ def test_the_form_of_other_families_is_a_dash(tmp_path):
 
 def test_the_row_of_a_failed_trial(tmp_path):
     trial = make_trial(tmp_path / "t")
-    sweep.record_failure(trial, "Traceback\n  somewhere\nValueError: loss is nan\n\n")
-    row = sweep.result_row(trial)
+    row = sweep.result_row(trial, "Traceback\n  somewhere\nValueError: loss is nan\n\n")
     assert (row.status, row.error) == ("failed", "ValueError: loss is nan")
     assert (row.test_accuracy, row.val_accuracy, row.test_nll) == (None, None, None)
     assert (row.images_per_second, row.wall_seconds) == (None, None)
@@ -177,9 +176,8 @@ def test_the_row_of_a_failed_trial(tmp_path):
 
 
 def test_a_failure_without_words_is_still_a_failure(tmp_path):
-    trial = make_trial(tmp_path / "t")
-    sweep.record_failure(trial, "")
-    assert (sweep.result_row(trial).status, sweep.result_row(trial).error) == ("failed", "")
+    row = sweep.result_row(make_trial(tmp_path / "t"), "")
+    assert (row.status, row.error) == ("failed", "")
 
 
 def test_the_row_of_an_unfinished_trial(tmp_path):
@@ -187,13 +185,35 @@ def test_the_row_of_an_unfinished_trial(tmp_path):
     assert (sweep.result_row(trial).status, sweep.result_row(trial).error) == ("unfinished", "")
     trial.directory.mkdir()
     (trial.directory / "metrics.jsonl").write_text('{"step": 2}\n')
-    assert (trial.status, sweep.result_row(trial).test_accuracy) == ("unfinished", None)
+    assert (trial.status(None), sweep.result_row(trial).test_accuracy) == ("unfinished", None)
 
 
 def test_a_result_outweighs_an_old_failure(tmp_path):
     trial = finish(make_trial(tmp_path / "t"), 0.5)
-    sweep.record_failure(trial, "an earlier attempt")
-    assert (trial.status, sweep.result_row(trial).error) == ("ok", "")
+    row = sweep.result_row(trial, "an earlier attempt")
+    assert (trial.status("an earlier attempt"), row.status, row.error) == ("ok", "ok", "")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"test_accuracy": 0.', b"[1]", b"\xff"])
+def test_a_damaged_result_is_none(tmp_path, content):
+    trial = make_trial(tmp_path)
+    (tmp_path / "result.json").write_bytes(content)
+    assert trial.result is None
+    assert (trial.status(None), trial.status("broken")) == ("unfinished", "failed")
+    assert sweep.result_row(trial).test_accuracy is None
+
+
+def test_a_directory_that_cannot_be_read_has_no_result_and_no_steps(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "result.json").mkdir()
+    for directory in (tmp_path / "file", tmp_path):
+        trial = make_trial(directory)
+        assert (trial.result, trial.steps_done, trial.status(None)) == (None, 0, "unfinished")
+    trial = make_trial(tmp_path / "binary")
+    trial.directory.mkdir()
+    (trial.directory / "metrics.jsonl").write_bytes(b"\xff\n")
+    assert trial.steps_done == 0
 
 
 def test_steps_done_are_those_of_the_newest_row(tmp_path):
@@ -243,9 +263,8 @@ def test_means_and_deviations_over_seeds_by_hand(tmp_path):
     butterfly = [finish(make_trial(tmp_path / f"b{seed}", seed=seed), a) for seed, a in enumerate((0.5, 0.6, 0.9))]
     dense = [finish(make_trial(tmp_path / "d", "dense,4"), 0.25)]
     failed = make_trial(tmp_path / "f", seed=3)
-    sweep.record_failure(failed, "broken")
     trials = [butterfly[0], dense[0], failed, butterfly[1], make_trial(tmp_path / "u", seed=4), butterfly[2]]
-    rows = [sweep.result_row(trial) for trial in trials]
+    rows = [sweep.result_row(trial, "broken" if trial is failed else None) for trial in trials]
     first, second = sweep.summarise(trials, rows)
     assert first.sample == rows[0]
     assert first.seeds == 3
@@ -282,10 +301,9 @@ def test_a_result_without_its_speed_can_be_summarised(tmp_path):
 def test_the_summary_is_a_table_and_names_what_failed(tmp_path):
     trials = [finish(make_trial(tmp_path / str(seed), seed=seed), a) for seed, a in ((0, 0.5), (1, 0.6))]
     trials.append(finish(make_trial(tmp_path / "d", "dense,4", "a=1"), 0.25))
-    failed = make_trial(tmp_path / "f", seed=2)
-    sweep.record_failure(failed, "Traceback\nValueError: broken")
-    trials.append(failed)
     rows = [sweep.result_row(trial) for trial in trials]
+    trials.append(make_trial(tmp_path / "f", seed=2))
+    rows.append(sweep.result_row(trials[-1], "Traceback\nValueError: broken"))
     text = sweep.to_markdown(sweep.summarise(trials, rows), rows)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     header, rule, butterfly, dense = table

@@ -1,5 +1,9 @@
 import dataclasses
+import itertools
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +11,20 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax import data, evaluate, memory, metrics, sharding, train, train_step
-from bvit_jax.checkpoints import Checkpoints, abstract_state
+from bvit_jax import (
+    checkpoints,
+    data,
+    evaluate,
+    journal,
+    metrics,
+    preemption,
+    sentinels,
+    sharding,
+    timing,
+    train,
+    train_step,
+)
+from bvit_jax.checkpoints import abstract_state
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sharding import Layout
@@ -28,8 +44,8 @@ def without_timing(result: dict[str, Any]) -> dict[str, Any]:
 
 def restored(config: Config, workdir: Path, step: int) -> train_step.TrainState:
     shardings = train_step.state_shardings(config, sharding.place(config.model, config.batch_size))
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        return checkpoints.restore(step, abstract_state(train_step.init_state(config), shardings))
+    abstract = abstract_state(train_step.init_state(config), shardings)
+    return checkpoints.restore(workdir / "checkpoints", step, config, abstract)[0]
 
 
 def test_a_run_leaves_its_result_metrics_and_configuration(finished):
@@ -159,7 +175,7 @@ def test_a_run_cut_off_after_its_test_row_does_not_repeat_it(finished, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "count_params", cut)
+        patch.setattr(timing, "total", cut)
         with pytest.raises(KeyboardInterrupt):
             train.run(config, tmp_path, show_progress=False)
     assert metrics.read_rows(tmp_path / "metrics.jsonl")[-1]["split"] == "test"
@@ -167,16 +183,191 @@ def test_a_run_cut_off_after_its_test_row_does_not_repeat_it(finished, tmp_path,
     assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+def spoil(monkeypatch: pytest.MonkeyPatch, *bad: int) -> None:
+    """Makes the images of these steps (counted from 1) NaN."""
     batch = data.train_batch
 
     def spoilt(split: data.Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> data.Batch:
         good = batch(split, batch_size, seed, step, rows)
-        return dataclasses.replace(good, images=good.images * np.float32("nan")) if step == 2 else good
+        return dataclasses.replace(good, images=good.images * np.float32("nan")) if step + 1 in bad else good
 
     monkeypatch.setattr(data, "train_batch", spoilt)
-    with pytest.raises(FloatingPointError, match="step 4: .*loss, .*not finite"):
-        train.run(make_config(eval_every=6), tmp_path, show_progress=False)
+
+
+def incidents(workdir: Path) -> list[tuple[str, int]]:
+    return [(row["kind"], row["step"]) for row in metrics.read_rows(workdir / journal.FILE) if row["kind"] != "experts"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, 3)
+    config = make_config(eval_every=2)
+    told = "step 3: loss nan, gradient of .*angles.* not finite .report: .*step_3.json.; max_skipped_steps = 0 may"
+    for _ in range(2):  # the same again: the checkpoint is of before
+        with pytest.raises(sentinels.NonFiniteError, match=told):
+            train.run(config, tmp_path, show_progress=False)
+    assert "warning: step 3: loss nan" in capsys.readouterr().err
+    assert checkpoints.steps_in(tmp_path / "checkpoints") == [2]
+    report = json.loads((tmp_path / "nonfinite" / "step_3.json").read_text())
+    assert report["step"] == 3
+    assert "angles" in report["groups"]
+    expected = data.batch_indices(len(data.load(config.data).train), config.batch_size, config.seed, 2)
+    assert report["batch"]["indices"] == expected.tolist()
+    assert [row["step"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [2, 2]
+    assert incidents(tmp_path) == [("stopped", 3), ("resumed", 2), ("stopped", 3)]
+
+
+def test_steps_that_are_not_finite_can_be_left_out_up_to_a_number(tmp_path, monkeypatch):
+    spoil(monkeypatch, 2, 5)
+    result = train.run(make_config(total_steps=7, max_skipped_steps=2), tmp_path / "allowed", show_progress=False)
+    assert result["skipped_steps"] == 2
+    assert np.isfinite(result["test_nll"])
+    assert incidents(tmp_path / "allowed") == [("skipped", 2), ("skipped", 5)]
+    with pytest.raises(sentinels.NonFiniteError, match=r"step 5: .*max_skipped_steps = 1 may be left out"):
+        train.run(make_config(total_steps=7, max_skipped_steps=1), tmp_path / "one", show_progress=False)
+    assert incidents(tmp_path / "one") == [("skipped", 2), ("stopped", 5)]
+    assert checkpoints.steps_in(tmp_path / "one" / "checkpoints") == [3]
+
+
+def told_to_stop(monkeypatch: pytest.MonkeyPatch, event: int) -> None:
+    """Sends this process SIGTERM at the event of that number: batches of training and of evaluation, from 0."""
+    batch, evaluation = data.train_batch, data.eval_batches
+    numbers = itertools.count()
+
+    def count() -> None:
+        if next(numbers) == event:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def train_batch(*arguments: Any) -> data.Batch:
+        count()
+        return batch(*arguments)
+
+    def eval_batches(*arguments: Any) -> Iterator[data.Batch]:
+        for found in evaluation(*arguments):
+            count()
+            yield found
+
+    monkeypatch.setattr(data, "train_batch", train_batch)
+    monkeypatch.setattr(data, "eval_batches", eval_batches)
+
+
+# Seven steps and evaluations of 13 batches after steps 3, 6 and 7, then 25 batches of the test split.
+@pytest.mark.parametrize(
+    ("event", "saved"),
+    [(0, 1), (1, 2), (2, 3), (3, 3), (15, 3), (17, 5), (20, 6), (32, 7), (45, 7), (46, 7), (69, 7)],
+)
+def test_a_run_told_to_stop_saves_and_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch, event, saved):
+    config, workdir, result = finished
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        told_to_stop(patch, event)
+        with pytest.raises(preemption.Preempted, match=f"told to stop; step {saved} is saved"):
+            train.run(config, tmp_path, show_progress=False)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert checkpoints.steps_in(tmp_path / "checkpoints")[-1] == saved
+    assert not (tmp_path / "result.json").exists()
+    assert without_timing(train.run(config, tmp_path, show_progress=False)) == without_timing(result)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    assert incidents(tmp_path) == [("preempted", saved), ("resumed", saved)]
+    assert last_digests(tmp_path) == last_digests(workdir)
+
+
+def last_digests(workdir: Path) -> dict[str, str]:
+    return checkpoints.read_record(workdir / "checkpoints", 7).digests
+
+
+def test_a_run_told_to_stop_again_and_again_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch):
+    config, workdir, result = finished
+    for step in range(1, 8):
+        with monkeypatch.context() as patch:
+            told_to_stop(patch, 0 if step in (1, 2, 3, 5, 6) else 13)  # past the evaluation that is due
+            with pytest.raises(preemption.Preempted):
+                train.run(config, tmp_path, show_progress=False)
+        assert checkpoints.steps_in(tmp_path / "checkpoints")[-1] == step
+    assert without_timing(train.run(config, tmp_path, show_progress=False)) == without_timing(result)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+
+
+def cut_off(config: Config, workdir: Path, step: int) -> None:
+    """Interrupts a run before that step, counted from 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        batch = data.train_batch
+
+        def cut(split: data.Split, batch_size: int, seed: int, number: int, rows: np.ndarray) -> data.Batch:
+            if number + 1 == step:
+                raise KeyboardInterrupt
+            return batch(split, batch_size, seed, number, rows)
+
+        patch.setattr(data, "train_batch", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, workdir, show_progress=False)
+
+
+def harm(workdir: Path, step: int) -> None:
+    (workdir / "checkpoints" / str(step) / "record" / "metadata").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damaged", "expected"),
+    [
+        ((6,), [("damaged", 6), ("resumed", 3)]),
+        ((3,), [("resumed", 6), ("damaged", 3), ("remade", 3)]),  # the best
+        ((3, 6), [("damaged", 6), ("damaged", 3)]),
+    ],
+)
+def test_damaged_checkpoints_are_named_and_the_run_ends_like_an_undisturbed_one(finished, tmp_path, damaged, expected):
+    config, workdir, result = finished
+    assert result["best_step"] == 3
+    cut_off(config, tmp_path, 7)
+    for step in damaged:
+        harm(tmp_path, step)
+    assert without_timing(train.run(config, tmp_path, show_progress=False)) == without_timing(result)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    assert incidents(tmp_path) == expected
+    assert {path.name for path in (tmp_path / "damaged").iterdir()} == {str(step) for step in damaged}
+    assert last_digests(tmp_path) == last_digests(workdir)
+    assert checkpoints.best_params(tmp_path)[1] == 3
+    texts = [row["text"] for row in metrics.read_rows(tmp_path / journal.FILE) if row["kind"] == "damaged"]
+    assert all(
+        f"the checkpoint of step {step} is damaged: record/metadata has" in text
+        for step, text in zip(sorted(damaged, reverse=True), texts, strict=True)
+    )
+
+
+def test_a_remade_best_checkpoint_is_the_one_that_was_lost(finished, tmp_path):
+    config, workdir, _ = finished
+    cut_off(config, tmp_path, 7)
+    harm(tmp_path, 3)
+    train.run(config, tmp_path, show_progress=False)
+    records = [checkpoints.read_record(path / "checkpoints", 3) for path in (tmp_path, workdir)]
+    assert records[0] == records[1]
+
+
+def test_damaged_metrics_are_taken_from_the_checkpoint(finished, tmp_path):
+    config, workdir, _ = finished
+    cut_off(config, tmp_path, 7)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace("accuracy", "accurate", 1))
+    train.run(config, tmp_path, show_progress=False)
+    assert path.read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    assert incidents(tmp_path) == [("resumed", 6), ("damaged", 6)]
+
+
+def test_a_damaged_result_is_made_again(finished, tmp_path, capsys):
+    config, _, result = finished
+    train.run(config, tmp_path, show_progress=False)
+    (tmp_path / "result.json").write_text('{"seed": ')
+    assert without_timing(train.run(config, tmp_path, show_progress=False)) == without_timing(result)
+    assert "warning: result.json is damaged" in capsys.readouterr().err
+    assert json.loads((tmp_path / "result.json").read_text())["seed"] == 0
+
+
+def test_dead_experts_are_warned_of_with_their_numbers(finished, tmp_path, capsys):
+    config, _, result = finished
+    train.run(config, tmp_path, show_progress=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("warning: step 3, mixture layer 1: 1 of 4 experts dead")]
+    loads = result["test"]["expert_load"]
+    assert result["warnings"] == sentinels.expert_warnings(tuple(map(tuple, loads)))
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
@@ -185,14 +376,8 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
         (tmp_path / "run" / name).unlink()
     other = make_config(seed=4)
     (tmp_path / "run" / "config.json").write_text(json.dumps(other.to_dict()))
-    with pytest.raises(ConfigError, match="checkpoints are of this configuration.*seed: 0 != 4"):
+    with pytest.raises(ConfigError, match="the checkpoint of step 6 is of another configuration: seed: 0 != 4"):
         train.run(other, tmp_path / "run", show_progress=False)
-
-
-def test_timing_is_summed_over_all_rows_and_the_rate_is_a_median():
-    rows = [{"wall_seconds": 10.0}, *({"wall_seconds": 1.0, "images_per_second": rate} for rate in (5.0, 90.0, 6.0))]
-    assert train.total_timing(rows) == {"images_per_second": 6.0, "wall_seconds": 13.0}
-    assert train.total_timing(rows[:1]) == {"images_per_second": None, "wall_seconds": 10.0}
 
 
 STEPS = 50

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from bvit_jax import data, evaluate, sharding, train_step, vit
+from bvit_jax import data, evaluate, sentinels, sharding, train_step, vit
 from bvit_jax.config import Config, LossConfig
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.optimizer import make_optimizer
@@ -232,6 +232,89 @@ def test_the_first_state_is_settled_by_the_seed():
     assert_equal(first, again)
     kernels = [state.params["patch_embedding"]["kernel"] for state in (first, other)]
     assert not np.array_equal(*kernels)
+
+
+def bits(tree: Any) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+LENIENT = {"data__noise": 0.2, "max_skipped_steps": 1, "optimizer__warmup_steps": 4}
+
+
+def spoilt(batch: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The batch with one pixel that is no number."""
+    images = batch[0].copy()
+    images[2, 3, 3] = np.nan
+    return images, batch[1]
+
+
+def kept(state: TrainState) -> TrainState:
+    """A copy on the host, which no later step can reach."""
+    return jax.tree.map(np.array, state)
+
+
+def taken(config: Config, placement: Placement, key: jax.Array, batches: list[Any]) -> list[TrainState]:
+    """Returns the first state and those after each step, on the host."""
+    step, state = train_step.make_train_step(config, placement), make_state(config)
+    states = [kept(state)]
+    for batch in batches:
+        state, _ = step(state, key, *batch)
+        states.append(kept(state))
+    return states
+
+
+def moved(state: TrainState) -> list[bytes]:
+    return bits((state.params, state.opt_state))
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_says_where(batch, placement, key):
+    # In a mixture a token that is not finite spoils the router and the experts as well.
+    config = one_layer("standard,4")
+    step, state = train_step.make_train_step(config, placement), make_state(config)
+    before, groups = moved(state), set(state.sentinel.squared_norms)
+    state, metrics = step(state, key, *spoilt(batch))
+    assert not np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["grad_norm"])
+    assert moved(state) == before
+    assert (int(state.step), int(state.sentinel.step), int(state.sentinel.skipped)) == (1, 1, 1)
+    assert not np.isfinite(state.sentinel.loss)
+    assert set(state.sentinel.squared_norms) == groups
+    named = set(sentinels.bad_groups(state.sentinel))
+    assert {"head", "attention", "embeddings", "router", "experts"} <= named <= groups
+    for number in range(2, 4):  # none may be left out: nothing moves any more
+        state, metrics = step(state, key, *batch)
+        assert np.isfinite(metrics["loss"])
+        assert moved(state) == before
+        assert (int(state.step), int(state.sentinel.step)) == (number, 1)
+
+
+def test_a_step_left_out_is_as_if_its_update_had_not_been(batch, placement, key):
+    config = one_layer("dense,4", **LENIENT)
+    step = train_step.make_train_step(config, placement)
+    other = batch[0][::-1].copy(), batch[1]
+    states = taken(config, placement, key, [batch, spoilt(batch), other, batch, spoilt(batch), other])
+    assert [int(state.sentinel.skipped) for state in states] == [0, 0, 1, 1, 1, 2, 2]
+    assert [int(state.sentinel.step) for state in states] == [0, 0, 2, 2, 2, 5, 5]
+    assert [int(state.step) for state in states] == list(range(7))
+    # By hand: the second step only counts.
+    expected = states[1].replace(step=jnp.int32(2))
+    for number, good in ((3, other), (4, batch)):
+        expected, _ = step(expected, key, *good)
+        assert moved(states[number]) == moved(expected)
+        assert moved(states[number]) != moved(states[number - 1])
+    # One more than allowed: what is there stays there.
+    assert moved(states[4]) == moved(states[5]) == moved(states[6])
+
+
+def test_the_learning_rate_told_is_the_one_of_the_optimiser(batch, placement, key):
+    # Warm-up over 4 steps: rates 0, 1/4, 2/4 of the peak; a step left out does not count.
+    config = one_layer("dense,4", **LENIENT)
+    step, state = train_step.make_train_step(config, placement), make_state(config)
+    rates = []
+    for given in (batch, spoilt(batch), batch, batch):
+        state, metrics = step(state, key, *given)
+        rates.append(float(metrics["learning_rate"]))
+    assert rates == pytest.approx([0, 0.25 * 3e-3, 0.25 * 3e-3, 0.5 * 3e-3])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
