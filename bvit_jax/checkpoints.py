@@ -1,9 +1,9 @@
 """Checkpoints that prove themselves: written in the background, committed whole, and read with their digests checked.
 
-Each is a directory named by its step, written by orbax: the state, and a record of the configuration, of the rows of
-`metrics.jsonl` so far, and of a digest for every array (`bvit_jax.digests`). So a run goes on from a checkpoint alone.
-A seal over all files (`bvit_jax.seals`) goes in before the directory gets its name; it names damage to the files, the
-digests whatever else happened to the values between one device and the next.
+Each is a directory named by its step, written by orbax: the state in few arrays (`bvit_jax.bundles`), and a record of
+the configuration, of the rows of `metrics.jsonl` so far, and of a digest for every stored array (`bvit_jax.digests`).
+So a run goes on from a checkpoint alone. A seal over all files (`bvit_jax.seals`) goes in before the directory gets its
+name; it names damage to the files, the digests whatever else happened to the values on the way.
 Kept are the newest two, the best on validation as each of these knew it, and every n-th.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
-from bvit_jax import digests, metrics, processes, seals
+from bvit_jax import bundles, digests, metrics, processes, seals
 from bvit_jax import workdir as workdirs
 from bvit_jax.config import Config, from_dict
 from bvit_jax.model_config import ConfigError
@@ -43,7 +43,7 @@ class Record:
     Attributes:
         config: as `Config.to_dict`.
         metrics: content of `metrics.jsonl` up to this step.
-        digests: as `digests.of_tree` of the state.
+        digests: as `digests.of_tree` of what is stored of the state (`bvit_jax.bundles`).
     """
 
     config: dict[str, Any]
@@ -89,15 +89,15 @@ def restore(directory: Path, step: int, config: Config, abstract: TrainState) ->
     if differing:
         name = f"workdir = {str(directory.parent)!r}"
         raise ConfigError(f"{name}: the checkpoint of step {step} is of another configuration: {'; '.join(differing)}")
-    error, state = _read_state(directory, step, abstract)
+    error, stored = _read_state(directory, step, bundles.abstract(abstract))
     if not processes.all_agree(error is None):
         raise DamagedError(_cause(step, error or OSError("another process could not read it")))
-    found = digests.of_tree(state)
+    found = digests.of_tree(stored)
     differing = [path for path in found if found[path] != record.digests.get(path)]
     if differing:
         gist = f"{len(differing)} of {len(found)} arrays differ from their digests, such as {differing[0]}"
         raise DamagedError(_cause(step, ValueError(gist)))
-    return state, record
+    return bundles.unbundle(stored, abstract), record
 
 
 def _told(directory: Path, step: int) -> dict[str, Any]:
@@ -107,8 +107,8 @@ def _told(directory: Path, step: int) -> dict[str, Any]:
         return {"damaged": str(error)}
 
 
-def _read_state(directory: Path, step: int, abstract: TrainState) -> tuple[Exception | None, Any]:
-    """Returns what went wrong or the state; it waits for no other process, which may have failed."""
+def _read_state(directory: Path, step: int, abstract: bundles.Stored) -> tuple[Exception | None, Any]:
+    """Returns what went wrong or what is stored; it waits for no other process, which may have failed."""
     try:
         # Not by orbax's checkpointer, which meets the others at a barrier at its end.
         arguments = ocp.args.StandardRestore(abstract)
@@ -190,7 +190,7 @@ class Checkpoints:
         self._bests = _best_steps(log)
         self._unsettled = False
         processes.on_first(self._clear)
-        options = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        options = ocp.AsyncOptions(post_finalization_callback=self._finish)
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
 
     def __enter__(self) -> Self:
@@ -201,6 +201,8 @@ class Checkpoints:
     ) -> None:
         try:
             self.wait()
+            if processes.is_first():
+                self._clear()
         finally:
             self._writer.close()
 
@@ -213,10 +215,11 @@ class Checkpoints:
             log: content of `metrics.jsonl` so far; it says which checkpoint is the best.
         """
         self.wait()
-        record = ocp.args.JsonSave(dataclasses.asdict(Record(config.to_dict(), log, digests.of_tree(state))))
+        stored = bundles.bundle(state)
+        record = ocp.args.JsonSave(dataclasses.asdict(Record(config.to_dict(), log, digests.of_tree(stored))))
         self._writer.save(
             self._directory / str(int(state.step)),
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=record),
+            args=ocp.args.Composite(state=ocp.args.StandardSave(stored), record=record),
         )
         self._unsettled = True
         self._bests = [*self._bests, *_best_steps(log)][-NEWEST:]
@@ -228,24 +231,26 @@ class Checkpoints:
             Exception: what orbax met while it wrote, OSError for a full disk.
         """
         self._writer.wait_until_finished()
-        if self._unsettled:
-            processes.on_first(self._tidy)
+        if self._unsettled and processes.is_first():
+            self._tidy()
         self._unsettled = False
 
-    def _seal(self) -> None:
+    def _finish(self) -> None:
         """Seals what is complete and has not got its name yet; called in the background, one save at a time."""
-        for path in self._directory.iterdir():
-            if processes.is_first() and _UNFINISHED in path.name:
-                seals.seal(path)
+        if processes.is_first():
+            for path in self._directory.iterdir():
+                if _UNFINISHED in path.name:
+                    seals.seal(path)
+                elif path.name.endswith(_DELETED):
+                    shutil.rmtree(path)  # here, as it takes longer than everything that a save does in the foreground
 
     def _tidy(self) -> None:
         steps = steps_in(self._directory)
         kept = {*steps[-NEWEST:], *self._bests}
         for step in steps:
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
-                gone = self._directory / f"{step}{_DELETED}"
-                (self._directory / str(step)).rename(gone)  # a deletion cut short leaves no half checkpoint
-                shutil.rmtree(gone)
+                # Under another name, a deletion cut short leaves no half checkpoint.
+                (self._directory / str(step)).rename(self._directory / f"{step}{_DELETED}")
 
     def _clear(self) -> None:
         """Removes what an interrupted save or deletion left."""

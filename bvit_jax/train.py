@@ -25,6 +25,7 @@ import jax
 from tqdm import tqdm
 
 from bvit_jax import (
+    bundles,
     checkpoints,
     data,
     device_memory,
@@ -255,7 +256,7 @@ class _Run:
             "seed": config.seed,
             "steps": config.total_steps,
             "best_step": best["step"],
-            "params_digest": digests.combined(digests.of_tree(state.params)),
+            "params_digest": digests.combined(digests.of_tree(bundles.bundle(state.params))),
             "test_accuracy": found.accuracy,
             "test_nll": found.nll,
             "validation_accuracy": best["accuracy"],
