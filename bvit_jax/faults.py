@@ -47,7 +47,7 @@ class Kind:
     damage: str = ""
 
 
-KINDS: tuple[Kind, ...] = (
+_KINDS: tuple[Kind, ...] = (
     Kind("SIGKILL", signal.SIGKILL),
     Kind("SIGKILL in a save", signal.SIGKILL, "in a save"),
     Kind("SIGTERM", signal.SIGTERM),
@@ -57,6 +57,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("all: truncated file", signal.SIGKILL, "anywhere", "all", "truncated file"),
     Kind("metrics.jsonl cut", signal.SIGKILL, "anywhere", "metrics"),
 )
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +117,9 @@ class TrialRow:
         return self.survived and self.exact and self.damages == self.damages_found and not self.good_lost
 
 
-def plan(trials: int) -> list[Kind]:
-    """Lists the kinds of so many trials: all in turn."""
-    return [KINDS[number % len(KINDS)] for number in range(trials)]
+def plan(trials: int, kinds: Sequence[str]) -> list[Kind]:
+    """Lists the kinds of so many trials: those named (keys of `KINDS`) in turn."""
+    return [KINDS[kinds[number % len(kinds)]] for number in range(trials)]
 
 
 def run_undisturbed(command: Command, workdir: Path) -> Undisturbed:

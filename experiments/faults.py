@@ -20,11 +20,14 @@ from absl import flags
 from tqdm import tqdm
 
 from bvit_jax import faults, files
-from bvit_jax.model_config import require
+from bvit_jax.model_config import require, require_choice
 from experiments import entry, tables
 
 _OUT = flags.DEFINE_string("out", None, "The directory to write to; it must be empty or absent.")
-_TRIALS = flags.DEFINE_integer("trials", 13, "Runs to disturb; the kinds of fault are gone through in turn.")
+_TRIALS = flags.DEFINE_integer(
+    "trials", len(faults.KINDS), "Runs to disturb; the kinds of fault are gone through in turn."
+)
+_KINDS = flags.DEFINE_list("kinds", None, f"Kinds of fault, all if left out: {', '.join(faults.KINDS)}.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the kinds' random choices.")
 _JOBS = flags.DEFINE_integer("jobs", 0, "Trials at a time; 0: one per core.")
 
@@ -48,6 +51,9 @@ def main(argv: Sequence[str]) -> None:
     del argv
     require(_TRIALS.value >= 1, "trials", _TRIALS.value, "at least 1")
     require(_JOBS.value >= 0, "jobs", _JOBS.value, "0 or more")
+    kinds = _KINDS.value or list(faults.KINDS)
+    for kind in kinds:
+        require_choice("kinds", kind, tuple(faults.KINDS))
     out = entry.make_directory("out", str(_OUT.value))
     require(not any(out.iterdir()), "out", str(out), "empty, so that no trial finds an earlier one's files")
     # Every start compiles the same programs.
@@ -59,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = [
             pool.submit(faults.run_trial, number, kind, _SEED.value, command, out / f"trial_{number}", expected)
-            for number, kind in enumerate(faults.plan(_TRIALS.value), start=1)
+            for number, kind in enumerate(faults.plan(_TRIALS.value, kinds), start=1)
         ]
         rows = []
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit="trial", disable=None):

@@ -76,7 +76,8 @@ def split_and_whole() -> dict[str, Any]:
     back = bundles.unbundle(stored, abstract)
     return {
         "stored": np.asarray(stored["float32"]),
-        "is_whole": stored["float32"].is_fully_replicated and bundles.abstract(abstract)["float32"].sharding.is_fully_replicated,
+        "is_whole": stored["float32"].is_fully_replicated
+        and bundles.abstract(abstract)["float32"].sharding.is_fully_replicated,
         "equal": all(np.array_equal(back[name], tree[name]) for name in tree),
         "places": all(back[name].sharding == tree[name].sharding for name in tree),
     }
