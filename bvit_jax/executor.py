@@ -11,13 +11,11 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 
 from tqdm import tqdm
 
@@ -58,26 +56,6 @@ def probe_platform() -> Platform:
     return Platform(backend, int(devices))
 
 
-@contextlib.contextmanager
-def sigterm() -> Iterator[threading.Event]:
-    """Takes note of SIGTERM until it is closed: yields what is set by then. Of the main thread alone.
-
-    It asks JAX nothing, for that would take an accelerator away from the trials.
-    """
-    told = threading.Event()
-
-    def tell(number: int, frame: FrameType | None) -> None:
-        del frame
-        told.set()
-        signal.signal(number, signal.SIG_DFL)  # a second signal does not wait
-
-    previous = signal.signal(signal.SIGTERM, tell)
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def run_trials(
     trials: Sequence[Trial],
     failed: Failures,
@@ -85,7 +63,7 @@ def run_trials(
     retry_failed: bool,
     compilation_cache: Path,
     on_end: Callable[[Trial], None],
-    told_to_stop: threading.Event,
+    notice: preemption.Notice,
 ) -> None:
     """Runs what is unfinished; a trial that fails, however it does, is recorded and the others go on.
 
@@ -96,7 +74,7 @@ def run_trials(
         retry_failed: run those again that failed in an earlier call; otherwise they are left as they are.
         compilation_cache: directory for compiled programs, which trials of the same shape share.
         on_end: called with each trial when it has ended: well, failed, or unfinished as it was told to stop.
-        told_to_stop: once it is set, no more trials are started, and those that run save and stop.
+        notice: once it is reached, no more trials are started, and those that run save and stop.
 
     Raises:
         preemption.Preempted: if told to stop, when all trials have ended.
@@ -104,9 +82,9 @@ def run_trials(
     wanted = ("unfinished", "failed") if retry_failed else ("unfinished",)
     waiting = [trial for trial in trials if failed.status(trial) in wanted]
     with _Runner(waiting, failed, jobs, compilation_cache, on_end) as runner:
-        while not told_to_stop.is_set() and runner.goes_on():
+        while not notice.reached() and runner.goes_on():
             runner.turn()
-        if told_to_stop.is_set():
+        if notice.reached():
             runner.stop()
             raise preemption.Preempted("told to stop; the trials that ran have saved and stopped")
 

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from bvit_jax import checkpoints, data, evaluate, files, memory, packed, packed_file, packing, sharding
+from bvit_jax import data, evaluate, files, memory, packed, packed_file, packing, sharding, trained
 from bvit_jax.config import Config, DataConfig
 from bvit_jax.model_config import ConfigError, require
 from bvit_jax.storage import Storage
@@ -100,7 +100,7 @@ def _file(path: Path) -> Scored:
 def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) -> list[Scored]:
     rows = []
     for name in tqdm(runs, unit="run", disable=None if len(runs) > 1 else True, leave=False):
-        config, _, params = checkpoints.best_params(Path(name))
+        config, _, params = trained.best_params(Path(name))
         rotates = config.model.family == "butterfly" or not (bits or _WITHOUT_ROTATIONS.value)
         require(rotates, "workdir", name, "the run of a butterfly, for only these have angles")
         split = _split(config.data)

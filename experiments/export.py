@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from bvit_jax import checkpoints, memory, packed, packed_file, storage, vit
+from bvit_jax import memory, packed, packed_file, storage, trained, vit
 from bvit_jax.model_config import ConfigError, require
 from experiments import entry, storage_flags, tables
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     """Exports, reads the file back, and prints its ledger."""
     del argv
     out = _file_to_write()
-    config, step, params = checkpoints.best_params(Path(str(_WORKDIR.value)))
+    config, step, params = trained.best_params(Path(str(_WORKDIR.value)))
     bits: Any = config.model.angle_bits if _ANGLE_BITS.value is None else _ANGLE_BITS.value
     chosen = dataclasses.replace(storage_flags.given(config.model), angle_bits=bits)
     try:

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import math
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -61,14 +60,14 @@ def main(argv: Sequence[str]) -> None:
         model, batch_size = trial.config.model, trial.config.batch_size
         sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
-    with executor.sigterm() as told, workdirs.locked(workdir, LOCK_PATIENCE_SECONDS) as dead:
+    with preemption.watch() as notice, workdirs.locked(workdir, LOCK_PATIENCE_SECONDS) as dead:
         if dead is not None:
             print(f"taking over from {dead}, which ended without letting go")
-        _run(trials, memory_base, workdir, _JOBS.value or platform.default_jobs, told)
+        _run(trials, memory_base, workdir, _JOBS.value or platform.default_jobs, notice)
 
 
 def _run(
-    trials: Sequence[sweep.Trial], memory_base: config.Config, workdir: Path, jobs: int, told: threading.Event
+    trials: Sequence[sweep.Trial], memory_base: config.Config, workdir: Path, jobs: int, notice: preemption.Notice
 ) -> None:
     failed = Failures(workdir / failures.FOLDER)
     report = _Report(trials, failed, workdir)
@@ -80,7 +79,7 @@ def _run(
     )
     try:
         cache = workdir / "compilation_cache"
-        executor.run_trials(trials, failed, jobs, _RETRY_FAILED.value, cache, report.show_ended, told)
+        executor.run_trials(trials, failed, jobs, _RETRY_FAILED.value, cache, report.show_ended, notice)
     finally:
         summaries = report.write()
         report.draw(summaries)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bvit_jax import executor, sweep, train
+from bvit_jax import executor, preemption, sweep, train
 from bvit_jax.failures import Failures
 from bvit_jax.model_config import ConfigError
 from tests.conftest import make_config
@@ -27,7 +27,7 @@ def failures_of(workdir: Path) -> Failures:
 
 def run(trials: list[sweep.Trial], workdir: Path, jobs: int = 2, retry_failed: bool = False) -> list[sweep.Trial]:
     ended: list[sweep.Trial] = []
-    told = threading.Event()
+    told = preemption.Notice(joined=False)
     executor.run_trials(trials, failures_of(workdir), jobs, retry_failed, workdir / "cache", ended.append, told)
     return ended
 
@@ -104,7 +104,15 @@ def test_a_killed_trial_is_recorded_and_one_that_was_told_to_stop_is_not(tmp_pat
     killed, told, good = endless(tmp_path), endless(tmp_path, seed=1), make_trial(tmp_path)
     ended: list[sweep.Trial] = []
     failed = failures_of(tmp_path)
-    arguments = ([killed, told, good], failed, 1, False, tmp_path / "cache", ended.append, threading.Event())
+    arguments = (
+        [killed, told, good],
+        failed,
+        1,
+        False,
+        tmp_path / "cache",
+        ended.append,
+        preemption.Notice(joined=False),
+    )
     thread = threading.Thread(target=executor.run_trials, args=arguments)
     thread.start()
     os.kill(child_in_training(killed).pid, signal.SIGKILL)

@@ -16,10 +16,10 @@ from conftest import call, make_config, on_devices
 from several import Ended, endings, started
 
 from bvit_jax import data, evaluate, metrics, peers, processes, sharding, train
-from bvit_jax.checkpoints import best_params
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sharding import Layout
+from bvit_jax.trained import best_params
 
 # Starting
 

@@ -23,6 +23,7 @@ from bvit_jax import (
     timing,
     train,
     train_step,
+    trained,
 )
 from bvit_jax.checkpoints import abstract_state
 from bvit_jax.config import Config
@@ -325,7 +326,7 @@ def test_damaged_checkpoints_are_named_and_the_run_ends_like_an_undisturbed_one(
     assert incidents(tmp_path) == expected
     assert {path.name for path in (tmp_path / "damaged").iterdir()} == {str(step) for step in damaged}
     assert last_digests(tmp_path) == last_digests(workdir)
-    assert checkpoints.best_params(tmp_path)[1] == 3
+    assert trained.best_params(tmp_path)[1] == 3
     texts = [row["text"] for row in metrics.read_rows(tmp_path / journal.FILE) if row["kind"] == "damaged"]
     assert all(
         f"the checkpoint of step {step} is damaged: record/metadata has" in text
