@@ -11,7 +11,7 @@ from bvit_jax import files
 from bvit_jax.checkpoints import Checkpoints
 from bvit_jax.model_config import ConfigError
 from bvit_jax.trained import best_params
-from tests.test_checkpoints import CONFIG, accuracies, assert_equal, contents, drawn_state, flip, log_of
+from tests.test_checkpoints import CONFIG, accuracies, assert_equal, contents, drawn_state, flip, log_of, sealed_files
 
 SCORES = accuracies(s1=0.2, s2=0.9, s3=0.5)
 
