@@ -37,6 +37,16 @@ def abstract(tree: Any) -> Stored:
     return stored
 
 
+def layout(tree: Any) -> list[list[Any]]:
+    """Returns path, shape, dtype and name in the bundle of every array, in order: what `unbundle` goes by."""
+
+    def entry(path: tuple[Any, ...], leaf: Any) -> list[Any]:
+        stored = str(leaf.dtype) if _is_small(leaf) else _name(path)
+        return [components.path_of(path), list(leaf.shape), str(leaf.dtype), stored]
+
+    return [entry(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
 def unbundle(stored: Stored, tree: Any) -> Any:
     """Returns the arrays that `abstract(tree)` describes as a tree again, each where `tree` says."""
     parts = {dtype: _split(stored[dtype], leaves) for dtype, leaves in _small(tree).items()}

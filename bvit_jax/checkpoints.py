@@ -7,16 +7,17 @@ name; it names damage to the files, the digests whatever else happened to the va
 Kept are the newest two, the best on validation as each of these knew it, and every n-th.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import jax
 import orbax.checkpoint as ocp
 
 from bvit_jax import bundles, digests, metrics, processes, seals
@@ -36,6 +37,10 @@ class DamagedError(Exception):
     """A checkpoint is not what was written; the message says which and how."""
 
 
+class SaveError(Exception):
+    """A checkpoint could not be written; the message says which and why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """What a checkpoint says beside the state.
@@ -43,11 +48,13 @@ class Record:
     Attributes:
         config: as `Config.to_dict`.
         metrics: content of `metrics.jsonl` up to this step.
+        layout: as `bundles.layout` of the state.
         digests: as `digests.of_tree` of what is stored of the state (`bvit_jax.bundles`).
     """
 
     config: dict[str, Any]
     metrics: str
+    layout: list[list[Any]]
     digests: dict[str, str]
 
 
@@ -59,13 +66,28 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def read_record(directory: Path, step: int) -> Record:
-    """Reads the record of a checkpoint; raises DamagedError if it is not as it was written."""
+    """Reads the record of a checkpoint, having checked the seal of all its files.
+
+    Raises:
+        DamagedError: if a file is not as it was written.
+        ConfigError: if a file cannot be read, or the record is of another version of this library.
+    """
     folder = directory / str(step)
     try:
         seals.check(folder)
         return Record(**ocp.JsonCheckpointHandler().restore(folder / "record"))
-    except (seals.BrokenSealError, OSError, ValueError, TypeError) as error:
-        raise DamagedError(_cause(step, error)) from None
+    except (seals.BrokenSealError, FileNotFoundError, ValueError) as error:
+        gist = str(error).splitlines()[0]
+        raise DamagedError(f"the checkpoint of step {step} is damaged: {gist}") from None
+    except TypeError:
+        raise ConfigError(f"{folder}: it must be a checkpoint of this version, not of another") from None
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> ConfigError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return ConfigError(f"{folder}: it cannot be read now, and is left as it is ({lines[0][:200]})")
 
 
 def restore(directory: Path, step: int, config: Config, abstract: TrainState) -> tuple[TrainState, Record]:
@@ -78,9 +100,11 @@ def restore(directory: Path, step: int, config: Config, abstract: TrainState) ->
         abstract: shapes, dtypes and shardings, as `abstract_state`. In a run of several processes all call this.
 
     Raises:
-        ConfigError: if the checkpoint is of another configuration.
-        DamagedError: if it is not what was written. Both are raised in all processes.
+        DamagedError: if it is not what was written.
+        ConfigError: if it is of another configuration or version, or cannot be read although its files are as they
+            were written; that may pass. All processes raise the same.
     """
+    folder = directory / str(step)
     told = processes.on_first(lambda: _told(directory, step))
     if "damaged" in told:
         raise DamagedError(told["damaged"])
@@ -89,15 +113,18 @@ def restore(directory: Path, step: int, config: Config, abstract: TrainState) ->
     if differing:
         name = f"workdir = {str(directory.parent)!r}"
         raise ConfigError(f"{name}: the checkpoint of step {step} is of another configuration: {'; '.join(differing)}")
-    error, stored = _read_state(directory, step, bundles.abstract(abstract))
+    for stored, wanted in itertools.zip_longest(record.layout, bundles.layout(abstract)):
+        if stored != wanted:
+            raise ConfigError(f"{folder}: written by another version: it holds {stored}, this one has {wanted}")
+    error, bundle = _read_state(folder, bundles.abstract(abstract))
     if not processes.all_agree(error is None):
-        raise DamagedError(_cause(step, error or OSError("another process could not read it")))
-    found = digests.of_tree(stored)
-    differing = [path for path in found if found[path] != record.digests.get(path)]
-    if differing:
-        gist = f"{len(differing)} of {len(found)} arrays differ from their digests, such as {differing[0]}"
-        raise DamagedError(_cause(step, ValueError(gist)))
-    return bundles.unbundle(stored, abstract), record
+        raise _unreadable(folder, error or OSError("another process could not"))
+    found = digests.of_tree(bundle)
+    changed = [path for path in found if found[path] != record.digests.get(path)]
+    if changed:
+        gist = f"{len(changed)} of {len(found)} arrays differ from their digests, such as {changed[0]}"
+        raise DamagedError(f"the checkpoint of step {step} is damaged: {gist}")
+    return bundles.unbundle(bundle, abstract), record
 
 
 def _told(directory: Path, step: int) -> dict[str, Any]:
@@ -107,20 +134,14 @@ def _told(directory: Path, step: int) -> dict[str, Any]:
         return {"damaged": str(error)}
 
 
-def _read_state(directory: Path, step: int, abstract: bundles.Stored) -> tuple[Exception | None, Any]:
+def _read_state(folder: Path, abstract: bundles.Stored) -> tuple[Exception | None, Any]:
     """Returns what went wrong or what is stored; it waits for no other process, which may have failed."""
     try:
         # Not by orbax's checkpointer, which meets the others at a barrier at its end.
         arguments = ocp.args.StandardRestore(abstract)
-        path = (directory / str(step) / "state").absolute()
-        return None, ocp.StandardCheckpointHandler().restore(path, args=arguments)
+        return None, ocp.StandardCheckpointHandler().restore((folder / "state").absolute(), args=arguments)
     except Exception as error:  # orbax raises what it likes, bare Exception included
         return error, None
-
-
-def _cause(step: int, error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"the checkpoint of step {step} is damaged: {lines[0][:200]}"
 
 
 def restore_newest(
@@ -177,21 +198,31 @@ class Checkpoints:
     All processes of a run call the same methods.
     """
 
-    def __init__(self, directory: Path, keep_every: int = 0, log: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        keep_every: int = 0,
+        log: str = "",
+        on_failure: Callable[[str], None] = lambda cause: None,
+    ) -> None:
         """Makes the directory and clears away what an interrupted save left.
 
         Args:
             directory: of the checkpoints.
             keep_every: checkpoints of steps that this divides are kept for good; 0: none.
             log: content of `metrics.jsonl` that the run goes on from; its best checkpoint is kept until a newer is.
+            on_failure: called with the cause where a save failed and the next one is tried.
         """
         self._directory = directory.absolute()
         self._keep_every = keep_every
+        self._on_failure = on_failure
         self._bests = _best_steps(log)
-        self._unsettled = False
+        self._saving: tuple[int, list[int]] | None = None
+        """Step that is being written, and its best."""
+        self._failed = False
+        self._deleting: list[threading.Thread] = []
         processes.on_first(self._clear)
-        options = ocp.AsyncOptions(post_finalization_callback=self._finish)
-        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        self._writer = self._new_writer()
 
     def __enter__(self) -> Self:
         return self
@@ -201,9 +232,9 @@ class Checkpoints:
     ) -> None:
         try:
             self.wait()
-            if processes.is_first():
-                self._clear()
         finally:
+            for thread in self._deleting:
+                thread.join()
             self._writer.close()
 
     def save(self, state: TrainState, config: Config, log: str) -> None:
@@ -213,36 +244,60 @@ class Checkpoints:
             state: what to store, under `state.step`.
             config: of the run.
             log: content of `metrics.jsonl` so far; it says which checkpoint is the best.
+
+        Raises:
+            SaveError: if the two saves before failed. After one, this one is tried: there may be space by now.
         """
-        self.wait()
-        stored = bundles.bundle(state)
-        record = ocp.args.JsonSave(dataclasses.asdict(Record(config.to_dict(), log, digests.of_tree(stored))))
-        self._writer.save(
-            self._directory / str(int(state.step)),
-            args=ocp.args.Composite(state=ocp.args.StandardSave(stored), record=record),
-        )
-        self._unsettled = True
-        self._bests = [*self._bests, *_best_steps(log)][-NEWEST:]
+        self._settle()
+        step, stored = int(state.step), bundles.bundle(state)
+        record = Record(config.to_dict(), log, bundles.layout(state), digests.of_tree(stored))
+        arguments = {"state": ocp.args.StandardSave(stored), "record": ocp.args.JsonSave(dataclasses.asdict(record))}
+        self._saving = (step, _best_steps(log))
+        with _failing_as_save_error(step):
+            self._writer.save(self._directory / str(step), args=ocp.args.Composite(**arguments))
+
+    def _new_writer(self) -> ocp.AsyncCheckpointer:
+        options = ocp.AsyncOptions(post_finalization_callback=self._seal)
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+
+    def _settle(self) -> None:
+        """Waits for the save before; a failure is told of, a second in succession raised, in all processes alike."""
+        error: SaveError | None = None
+        try:
+            self.wait()
+        except SaveError as raised:
+            error = raised
+        if processes.all_agree(error is None):
+            self._failed = False
+            return
+        error = error or SaveError("another process could not write its part of a checkpoint")
+        if self._failed:
+            raise error
+        self._failed = True
+        self._on_failure(str(error))
+        processes.on_first(self._clear)
+        self._writer = self._new_writer()  # the old one would tell of its failure again
 
     def wait(self) -> None:
         """Waits until what was saved is on disk, then drops what need not be kept.
 
         Raises:
-            Exception: what orbax met while it wrote, OSError for a full disk.
+            SaveError: if it could not be written; what was there before is untouched.
         """
-        self._writer.wait_until_finished()
-        if self._unsettled and processes.is_first():
+        if self._saving is None:
+            return
+        (step, best), self._saving = self._saving, None
+        with _failing_as_save_error(step):
+            self._writer.wait_until_finished()
+        self._bests = [*self._bests, *best][-NEWEST:]
+        if processes.is_first():
             self._tidy()
-        self._unsettled = False
 
-    def _finish(self) -> None:
+    def _seal(self) -> None:
         """Seals what is complete and has not got its name yet; called in the background, one save at a time."""
         if processes.is_first():
-            for path in self._directory.iterdir():
-                if _UNFINISHED in path.name:
-                    seals.seal(path)
-                elif path.name.endswith(_DELETED):
-                    shutil.rmtree(path)  # here, as it takes longer than everything that a save does in the foreground
+            for path in self._directory.glob(f"*{_UNFINISHED}*"):
+                seals.seal(path)
 
     def _tidy(self) -> None:
         steps = steps_in(self._directory)
@@ -250,23 +305,30 @@ class Checkpoints:
         for step in steps:
             if step not in kept and not (self._keep_every and step % self._keep_every == 0):
                 # Under another name, a deletion cut short leaves no half checkpoint.
-                (self._directory / str(step)).rename(self._directory / f"{step}{_DELETED}")
+                gone = self._directory / f"{step}{_DELETED}"
+                (self._directory / str(step)).rename(gone)
+                # It takes longer than all that a save does in the foreground; what it leaves, the next start clears.
+                thread = threading.Thread(target=shutil.rmtree, args=(gone,), kwargs={"ignore_errors": True})
+                thread.start()
+                self._deleting = [*(old for old in self._deleting if old.is_alive()), thread]
 
     def _clear(self) -> None:
-        """Removes what an interrupted save or deletion left."""
+        """Removes what an interrupted save or deletion left, as far as it can be removed."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
             if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _failing_as_save_error(step: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a full disk is a ValueError of tensorstore's
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise SaveError(f"the checkpoint of step {step} could not be written: {lines[0][:300]}") from error
 
 
 def _best_steps(log: str) -> list[int]:
-    best = metrics.best_row(metrics.parse(log))
+    best = metrics.best_row(log)
     return [best["step"]] if best else []
-
-
-def abstract_state(state: TrainState, shardings: Any) -> TrainState:
-    """Describes a state that is not there, every array where `shardings` says; a single one stands for all."""
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, state)
-    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, shardings)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from bvit_jax import processes
 
 FILE = "incidents.jsonl"
-Kind = Literal["resumed", "preempted", "damaged", "remade", "skipped", "stopped", "experts"]
+Kind = Literal["resumed", "preempted", "damaged", "remade", "skipped", "stopped", "unsaved", "experts"]
 
 
 class Journal:

@@ -1,6 +1,7 @@
 """Records of a run: JSON lines that can be taken up again after an interruption, and TensorBoard scalars."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,18 @@ def parse(text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns the validation row that does best, None if there is none.
+def best_row(text: str, steps: Collection[int] | None = None) -> dict[str, Any] | None:
+    """Returns the validation row that does best of a whole `metrics.jsonl`, None if there is none.
 
     Higher accuracy first, then lower negative log-likelihood; of equals the later.
+
+    Args:
+        text: whole lines.
+        steps: only rows of these.
     """
-    scored = (row for row in rows if row.get("split") == "validation")
+    # Of a long run nearly all rows are of training: they are left unread.
+    rows = parse("".join(line for line in text.splitlines(keepends=True) if '"validation"' in line))
+    scored = (row for row in rows if row.get("split") == "validation" and (steps is None or row["step"] in steps))
     return max(scored, key=lambda row: (row["accuracy"], -row["nll"], row["step"]), default=None)
 
 

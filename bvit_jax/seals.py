@@ -27,17 +27,22 @@ def check(folder: Path) -> None:
 
     Raises:
         BrokenSealError: if the seal or a file is missing or differs.
+        OSError: if a file is there but cannot be read, which says nothing about what it holds.
     """
     if not any(folder.iterdir()):
         raise BrokenSealError("it is empty")
     for name, (size, digest) in _read(folder / FILE).items():
         path = folder / name
-        if not path.is_file():
-            raise BrokenSealError(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise BrokenSealError(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        if _measure(path)[1] != digest:
-            raise BrokenSealError(f"{name} holds other bytes than were written")
+        try:
+            if path.is_dir():
+                raise IsADirectoryError
+            found = path.stat().st_size
+            if found != size:
+                raise BrokenSealError(f"{name} has {found} bytes instead of {size}")
+            if _measure(path)[1] != digest:
+                raise BrokenSealError(f"{name} holds other bytes than were written")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise BrokenSealError(f"{name} is missing") from None
 
 
 def _read(path: Path) -> dict[str, tuple[int, str]]:
@@ -45,7 +50,7 @@ def _read(path: Path) -> dict[str, tuple[int, str]]:
         stored = json.loads(path.read_text())
         held: dict[str, tuple[int, str]] = stored["files"]
         whole = hashlib.sha256(json.dumps(held).encode()).hexdigest() == stored["sha256"]
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError):
         raise BrokenSealError(f"{FILE} is missing") from None
     except (ValueError, KeyError, TypeError) as error:
         raise BrokenSealError(f"{FILE} cannot be read ({error})") from None

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from bvit_jax import checkpoints, data, train_step
+from bvit_jax import data, train_step
 from bvit_jax.config import Config
 from bvit_jax.sharding import Placement
 from bvit_jax.train_step import Metrics, TrainState
@@ -34,7 +34,7 @@ class Stepper:
 
     def abstract_state(self) -> TrainState:
         """Describes a state: shapes, dtypes and shardings."""
-        return checkpoints.abstract_state(train_step.state_shapes(self._config), self._shardings)
+        return train_step.abstract_state(train_step.state_shapes(self._config), self._shardings)
 
     def take(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """Takes the step after `step` steps are done; the state passed in is given away."""

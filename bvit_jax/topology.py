@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from bvit_jax import blocks, exchange, hlo, sharding, train_step
-from bvit_jax.checkpoints import abstract_state
 from bvit_jax.compiled import STEPS, Compiled, Step
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError, require, require_choice
@@ -121,7 +120,7 @@ def lower(config: Config, placement: Placement, step: Step) -> jax.stages.Lowere
     """Lowers a step for a placement; no array is made."""
     images, labels, weights = _batch_shapes(config, placement)
     shapes = train_step.state_shapes(config)
-    state = abstract_state(shapes, train_step.state_shardings(config, placement))
+    state = train_step.abstract_state(shapes, train_step.state_shardings(config, placement))
     if step == "eval":
         return train_step.make_eval_step(config.model, placement).lower(state.params, images, labels, weights)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -8,8 +8,8 @@ A run lives in a directory of its own:
     damaged/         checkpoints found to be damaged   nonfinite/       reports of steps that were not finite
     tensorboard/     the numbers as events
 
-However often a run is interrupted, `metrics.jsonl`, `result.json` (but for its timing) and the checkpoints are those of
-an uninterrupted one, to the bit, on the same devices and library versions.
+However often a run is interrupted, `metrics.jsonl`, `result.json` (but for its timing) and the arrays of the last and
+the best checkpoint are those of an uninterrupted one, to the bit, on the same devices and library versions.
 
 With several processes, all of them call `run` with the same arguments and a directory that all can reach; the first
 writes the files, and all write checkpoints. The directory can be taken up again with any number of devices.
@@ -17,6 +17,7 @@ writes the files, and all write checkpoints. The directory can be taken up again
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,9 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
     Returns:
         The content of `result.json`: config_digest, seed, steps, best_step, params_digest (of the best checkpoint's
         parameters, equal for equal bits), test_accuracy, test_nll, validation_accuracy, validation_nll, params, the
-        evaluation of the routers, ternary statistics, warnings about experts, skipped_steps, under `timing` (which
-        differs from run to run) images_per_second and wall_seconds, and under `memory` the bytes on a device of
-        parameters and optimiser, with the peak where the backend tells it.
+        evaluation of the routers, ternary statistics, warnings about experts, skipped_steps, under `memory` the bytes
+        on a device of parameters and optimiser, and under `timing`, which differs from run to run, images_per_second,
+        wall_seconds, and the peak of bytes on a device where the backend tells it.
 
     Raises:
         ConfigError: if the directory cannot be written to, holds something else or is in use by another process, or if
@@ -79,6 +80,7 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
         preemption.Preempted: after SIGTERM, when the state is saved; the same call goes on.
         sentinels.NonFiniteError: if more steps than the configuration allows had a loss or gradient that is not finite,
             at the next step that is logged, evaluated or saved.
+        checkpoints.SaveError: if two checkpoints in succession, or the last, could not be written.
     """
     with contextlib.ExitStack() as held:
         notice = held.enter_context(preemption.watch())
@@ -94,15 +96,40 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
 
 def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str, Any] | None:
     """Claims and locks the directory until `held` is closed; returns the result of a run that is already finished."""
+    _mend_config(config, workdir)
     workdirs.claim(workdir, "config.json", config.to_dict(), OUTPUTS)
     held.enter_context(workdirs.locked(workdir, LOCK_PATIENCE_SECONDS))
     path = workdir / "result.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:  # of JSON or of UTF-8
-        path.unlink()
-        Journal(workdir, False).warn("damaged", config.total_steps, f"result.json is damaged ({error}): made again")
+    if not path.exists():
         return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        if result["config_digest"] == config.digest():
+            return result
+        error: Exception | str = "of another configuration"
+    except (ValueError, TypeError, KeyError) as raised:  # of JSON or of UTF-8, or some other JSON
+        error = raised
+    path.unlink()
+    Journal(workdir, False).warn("damaged", config.total_steps, f"result.json is damaged ({error}): made again")
+    return None
+
+
+def _mend_config(config: Config, workdir: Path) -> None:
+    """Writes a damaged config.json again if a good checkpoint says that it was this one."""
+    path = workdir / "config.json"
+    try:
+        json.loads(path.read_text())
+    except OSError:  # of which there is more to say where the directory is claimed
+        return
+    except ValueError as error:
+        for step in reversed(checkpoints.steps_in(workdir / checkpoints.DIRECTORY)):
+            with contextlib.suppress(checkpoints.DamagedError):
+                record = checkpoints.read_record(workdir / checkpoints.DIRECTORY, step)
+                if record.config == json.loads(json.dumps(config.to_dict())):
+                    files.write_json(path, config.to_dict())
+                    text = f"config.json is damaged ({error}): taken from the checkpoint of step {step}"
+                    Journal(workdir, False).warn("damaged", step, text)
+                    return
 
 
 def _sees(workdir: Path, config: Config) -> bool:
@@ -134,16 +161,21 @@ class _Run:
         state_bytes = device_memory.of_state(state)
         log = metrics.RunLog(self.workdir, int(state.step), known, active=processes.is_first())
         try:
-            with Checkpoints(self.directory, self.config.keep_every * self.config.eval_every, known) as writer:
+            keep_every = self.config.keep_every * self.config.eval_every
+            with Checkpoints(self.directory, keep_every, known, self._on_failure) as writer:
                 state = self._train(state, state_bytes, log, writer)
                 return self._report(state, state_bytes, log, writer)
         except preemption.Preempted:
             # The checkpoint is on disk: leaving the context above waited for it.
-            step = checkpoints.steps_in(self.directory)[-1:] or [0]
-            self.journal.incident("preempted", step[0], f"told to stop; step {step[0]} is saved")
-            raise preemption.Preempted(f"told to stop; step {step[0]} is saved") from None
+            step = max(checkpoints.steps_in(self.directory), default=0)
+            text = f"told to stop; step {step} is saved" if step else "told to stop before the first step"
+            self.journal.incident("preempted", step, text)
+            raise preemption.Preempted(text) from None
         finally:
             log.close()
+
+    def _on_failure(self, cause: str) -> None:
+        self.journal.warn("unsaved", 0, f"{cause}; the next one will be tried")
 
     def _start(self) -> tuple[TrainState, str]:
         """Returns the state to go on from, and the rows of `metrics.jsonl` that lead to it."""
@@ -175,6 +207,7 @@ class _Run:
         disable = None if self.journal.shows else True
         bar = tqdm(initial=done, total=config.total_steps, unit="step", disable=disable, leave=False)
         try:
+            self._stop_if_told()
             if self._is_evaluated_at(done) and not _has_evaluation(log, done):
                 self._evaluate_step(state, done, log)  # it was told to stop within this evaluation
             for step in range(done, config.total_steps):
@@ -184,11 +217,12 @@ class _Run:
                 if done % config.log_every == 0 or done == config.total_steps:
                     self._look_for_nonfinite(state)
                     row = {name: float(value) for name, value in values.items()}
+                    row = {name: value for name, value in row.items() if math.isfinite(value)}  # JSON has no NaN
                     jax.block_until_ready(state)
                     log.metrics(done, "train", row)
                     log.timing(done, self.clock.lap(done) | state_bytes | device_memory.peak())
-                    shown = {"loss": f"{row['loss']:.3f}", "accuracy": f"{row['accuracy']:.3f}"}
-                    bar.set_postfix(**shown, images_s=f"{self.clock.rate:.0f}")
+                    shown = {name: f"{row[name]:.3f}" for name in ("loss", "accuracy") if name in row}
+                    bar.set_postfix(shown, images_s=f"{self.clock.rate:.0f}")
                 if self._is_evaluated_at(done):
                     self._look_for_nonfinite(state)
                     self._evaluate_step(state, done, log)
@@ -244,12 +278,12 @@ class _Run:
     ) -> dict[str, Any]:
         config = self.config
         peak = device_memory.peak()
-        best = metrics.best_row(metrics.parse(log.text))
+        best = metrics.best_row(log.text)
         assert best is not None, "the last step is evaluated"
         if best["step"] != int(state.step):
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states may be more than a device holds
             writer.wait()
-            state = self._best_state(best["step"], log.text, writer)
+            state = self._best_state(best, log.text, writer)
         found = self._evaluate(state.params, self.stepper.dataset.test)
         result = {
             "config_digest": config.digest(),
@@ -266,18 +300,19 @@ class _Run:
             "ternary": evaluate.ternary_statistics(state.params, config.model),
             "warnings": sentinels.expert_warnings(found.load_MxE),
             "skipped_steps": self.skipped,
-            "memory": state_bytes | peak,
+            "memory": state_bytes,
         }
         writer.wait()  # a result says that the run is complete
         log.metrics(config.total_steps, "test", found.to_dict())
         log.timing(config.total_steps, self.clock.lap(config.total_steps))
-        result = processes.on_first(lambda: self._write(result))
+        result = processes.on_first(lambda: self._write(result, peak))
         shown = f"test accuracy {found.accuracy:.4f}  nll {found.nll:.4f}"
         self.journal.say(f"{shown}  (step {best['step']}, best on validation)")
         return result
 
-    def _best_state(self, step: int, log: str, writer: Checkpoints) -> TrainState:
+    def _best_state(self, best: dict[str, Any], log: str, writer: Checkpoints) -> TrainState:
         """Reads the best checkpoint; makes it again, by the same steps, if it is damaged or gone."""
+        step = best["step"]
         try:
             return checkpoints.restore(self.directory, step, self.config, self.stepper.abstract_state())[0]
         except checkpoints.DamagedError as error:
@@ -288,12 +323,16 @@ class _Run:
         for number in range(int(state.step), step):
             state, _ = self.stepper.take(state, number)
             self._stop_if_told()
+        found_again = self._evaluate(state.params, self.stepper.dataset.validation)
+        if (found_again.accuracy, found_again.nll) != (best["accuracy"], best["nll"]):
+            again = f"nll {found_again.nll} instead of {best['nll']}: other devices or versions?"
+            self.journal.warn("remade", step, f"step {step} made again is not quite as it was: {again}")
         lines = [line for line in log.splitlines(keepends=True) if json.loads(line)["step"] <= step]
         writer.save(state, self.config, "".join(lines))
         return state
 
-    def _write(self, result: dict[str, Any]) -> dict[str, Any]:
-        result["timing"] = timing.total(metrics.read_rows(self.workdir / "timing.jsonl"))
+    def _write(self, result: dict[str, Any], peak: dict[str, int]) -> dict[str, Any]:
+        result["timing"] = timing.total(metrics.read_rows(self.workdir / "timing.jsonl")) | peak
         files.write_json(self.workdir / "result.json", result)
         return result
 

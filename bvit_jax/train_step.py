@@ -67,6 +67,13 @@ def state_shapes(config: Config) -> Any:
     return jax.eval_shape(lambda params: _first_state(config, params), vit.param_shapes(config.model))
 
 
+def abstract_state(state: TrainState, shardings: Any) -> TrainState:
+    """Describes a state that is not there, every array where `shardings` says; a single one stands for all."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, state)
+    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, shardings)
+
+
 def _first_state(config: Config, params: Any) -> TrainState:
     opt_state = make_optimizer(config.optimizer, config.total_steps).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, sentinels.initial(params))

@@ -27,26 +27,42 @@ def best_params(workdir: Path) -> tuple[Config, int, Any]:
         raise ConfigError(f"{name}: it must be the directory of a run; it has no config.json") from None
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{workdir / 'config.json'}: it is damaged, or of another version ({error})") from None
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = train_step.abstract_state(train_step.state_shapes(config), place)
+    while True:
+        directory, step = workdir / checkpoints.DIRECTORY, _best_step(workdir, name)
+        try:
+            return config, step, checkpoints.restore(directory, step, config, abstract)[0].params
+        except (checkpoints.DamagedError, ConfigError) as error:
+            if (directory / str(step)).exists():
+                if isinstance(error, ConfigError):
+                    raise
+                remedy = "start the training again, without result.json if there is one: it makes good what is damaged"
+                raise ConfigError(f"{name}: {error}; {remedy}") from None
+            # The run has found a better one and dropped this.
+
+
+def _best_step(workdir: Path, name: str) -> int:
+    """Returns the step of the best checkpoint that is there."""
     directory = workdir / checkpoints.DIRECTORY
     steps = checkpoints.steps_in(directory)
     if not steps:
         raise ConfigError(f"{name}: it holds no checkpoint yet")
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = checkpoints.abstract_state(train_step.state_shapes(config), place)
-    try:
-        step = _best_step(workdir, checkpoints.read_record(directory, steps[-1]), steps)
-        if step is None:
-            raise ConfigError(f"{name}: it holds no evaluated checkpoint yet")
-        return config, step, checkpoints.restore(directory, step, config, abstract)[0].params
-    except checkpoints.DamagedError as error:
-        remedy = "start the training again, without result.json if there is one: it makes good what is damaged"
-        raise ConfigError(f"{name}: {error}; {remedy}") from None
-
-
-def _best_step(workdir: Path, newest: checkpoints.Record, steps: list[int]) -> int | None:
-    """Returns the step of the best checkpoint that is there; the log may be ahead of the newest one."""
     path = workdir / "metrics.jsonl"
     log = path.read_text(errors="replace") if path.exists() else ""
-    rows = metrics.parse(log if log.startswith(newest.metrics) else newest.metrics)
-    best = metrics.best_row([row for row in rows if row["step"] in steps])
-    return best["step"] if best else None
+    known = _newest_known(directory, steps)
+    # The log may be ahead of the newest checkpoint; one that does not begin as it should is damaged.
+    best = metrics.best_row(log if log.startswith(known) else known, steps)
+    if best is None:
+        raise ConfigError(f"{name}: it holds no evaluated checkpoint yet")
+    return int(best["step"])
+
+
+def _newest_known(directory: Path, steps: list[int]) -> str:
+    """Returns the rows of metrics of the newest checkpoint that is not damaged; none if all are."""
+    for step in reversed(steps):
+        try:
+            return checkpoints.read_record(directory, step).metrics
+        except checkpoints.DamagedError:
+            continue
+    return ""

@@ -10,20 +10,21 @@ from typing import Any
 from absl import app, logging
 
 from bvit_jax import preemption
+from bvit_jax.checkpoints import SaveError
 from bvit_jax.model_config import ConfigError
 from bvit_jax.packed_file import PackedFileError
 from bvit_jax.sentinels import NonFiniteError
 
 Main = Callable[[Sequence[str]], None]
-EXIT_NONFINITE = 65
-"""Of a run that its sentinel stopped: EX_DATAERR of sysexits.h."""
+EXIT_NONFINITE, EXIT_UNSAVED = 65, 74
+"""Of a run that its sentinel stopped, and of one that could not save: EX_DATAERR and EX_IOERR of sysexits.h."""
 
 
 def run(main: Main, positional: bool = False, resumes: bool = False) -> None:
     """Runs an entry point and turns what ends it early into one line and an exit status.
 
-    2: a bad configuration or file; 65: a loss or gradient that is not finite; 75: told to stop (SIGTERM), saved; 130:
-    Ctrl-C. Libraries report from warnings upwards.
+    2: a bad configuration or file; 65: a loss or gradient that is not finite; 74: checkpoints cannot be written; 75:
+    told to stop (SIGTERM), saved; 130: Ctrl-C. Libraries report from warnings upwards.
 
     Args:
         main: the entry point; it takes the arguments that are no flags after its own name.
@@ -44,6 +45,9 @@ def run(main: Main, positional: bool = False, resumes: bool = False) -> None:
         except NonFiniteError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_NONFINITE)
+        except SaveError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_UNSAVED)
         except preemption.Preempted as stop:
             print(f"{stop}; the same command goes on from here", file=sys.stderr)
             sys.exit(preemption.EXIT_STATUS)

@@ -6,7 +6,8 @@ Started again on the same workdir, it goes on from the newest good checkpoint an
 the bit. Any field of the configuration can be changed on the command line: --config.model.num_experts=32
 
 Exit status: 0 finished; 2 a bad configuration or workdir; 65 a loss or gradient that is not finite (report in
-WORKDIR/nonfinite); 75 told to stop (SIGTERM) and saved; 76 another process of the run was lost; 130 Ctrl-C.
+WORKDIR/nonfinite); 74 checkpoints cannot be written; 75 told to stop (SIGTERM), saved; 76 another process of the run
+was lost; 130 Ctrl-C.
 
 All devices are used. On several hosts the same command runs on each; on Cloud TPU they find each other, elsewhere they
 need --coordinator=HOST:PORT --num_processes=N --process_id=I. What is computed does not depend on the devices, and a

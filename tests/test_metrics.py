@@ -75,8 +75,12 @@ def test_the_best_row_is_of_the_validation_split(scores, best):
         for step, (accuracy, nll) in scores.items()
     ]
     others = [{"step": 4, "split": split, "accuracy": 1.0, "nll": 0.0} for split in ("train", "test")]
-    found = metrics.best_row([others[0], *rows, others[1], {"step": 5}])
+    text = "".join(json.dumps(row) + "\n" for row in [others[0], *rows, others[1], {"step": 5}])
+    found = metrics.best_row(text)
     assert (found and found["step"]) == best
+    assert metrics.best_row(text, steps=[4, 5]) is None
+    second = metrics.best_row(text, steps=scores.keys() - {best})
+    assert (second is None) == (len(scores) < 2)
 
 
 def test_rows_can_be_read_while_the_file_is_open(tmp_path):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax import checkpoints, data, sharding, train_step
+from bvit_jax import data, sharding, train_step
 from bvit_jax.stepping import Stepper
 from tests.conftest import make_config
 
@@ -35,7 +35,7 @@ def test_the_first_state_is_that_of_the_seed_and_as_described(stepper):
     assert bits(state) == bits(expected)
     shardings = train_step.state_shardings(CONFIG, sharding.place(CONFIG.model, CONFIG.batch_size))
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
-    assert described == checkpoints.abstract_state(state, shardings)
+    assert described == train_step.abstract_state(state, shardings)
 
 
 def test_steps_are_the_compiled_ones_on_the_batches_of_their_numbers(stepper):

@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from bvit_jax import (
     journal,
     metrics,
     preemption,
+    seals,
     sentinels,
     sharding,
     timing,
@@ -25,7 +27,6 @@ from bvit_jax import (
     train_step,
     trained,
 )
-from bvit_jax.checkpoints import abstract_state
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sharding import Layout
@@ -45,7 +46,7 @@ def without_timing(result: dict[str, Any]) -> dict[str, Any]:
 
 def restored(config: Config, workdir: Path, step: int) -> train_step.TrainState:
     shardings = train_step.state_shardings(config, sharding.place(config.model, config.batch_size))
-    abstract = abstract_state(train_step.init_state(config), shardings)
+    abstract = train_step.abstract_state(train_step.init_state(config), shardings)
     return checkpoints.restore(workdir / "checkpoints", step, config, abstract)[0]
 
 
@@ -207,6 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(tmp_path, monkeyp
         with pytest.raises(sentinels.NonFiniteError, match=told):
             train.run(config, tmp_path, show_progress=False)
     assert "warning: step 3: loss nan" in capsys.readouterr().err
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert checkpoints.steps_in(tmp_path / "checkpoints") == [2]
     report = json.loads((tmp_path / "nonfinite" / "step_3.json").read_text())
     assert report["step"] == 3
@@ -218,11 +220,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(tmp_path, monkeyp
 
 
 def test_steps_that_are_not_finite_can_be_left_out_up_to_a_number(tmp_path, monkeypatch):
-    spoil(monkeypatch, 2, 5)
+    spoil(monkeypatch, 2, 5)  # 2 is logged
     result = train.run(make_config(total_steps=7, max_skipped_steps=2), tmp_path / "allowed", show_progress=False)
     assert result["skipped_steps"] == 2
     assert np.isfinite(result["test_nll"])
     assert incidents(tmp_path / "allowed") == [("skipped", 2), ("skipped", 5)]
+    lines = (tmp_path / "allowed" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert ["loss" in row for row in rows if row["split"] == "train"] == [False, True, True, True]
     with pytest.raises(sentinels.NonFiniteError, match=r"step 5: .*max_skipped_steps = 1 may be left out"):
         train.run(make_config(total_steps=7, max_skipped_steps=1), tmp_path / "one", show_progress=False)
     assert incidents(tmp_path / "one") == [("skipped", 2), ("stopped", 5)]
@@ -353,10 +358,52 @@ def test_damaged_metrics_are_taken_from_the_checkpoint(finished, tmp_path):
     assert incidents(tmp_path) == [("resumed", 6), ("damaged", 6)]
 
 
-def test_a_damaged_result_is_made_again(finished, tmp_path, capsys):
-    config, _, result = finished
+def test_a_damaged_configuration_is_taken_from_a_checkpoint(finished, tmp_path):
+    config, workdir, _ = finished
+    cut_off(config, tmp_path, 7)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        train.run(dataclasses.replace(config, seed=3), tmp_path, show_progress=False)
     train.run(config, tmp_path, show_progress=False)
-    (tmp_path / "result.json").write_text('{"seed": ')
+    assert path.read_bytes() == (workdir / "config.json").read_bytes()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    assert incidents(tmp_path) == [("damaged", 6), ("resumed", 6)]
+
+
+def test_a_save_that_fails_is_told_of_and_the_run_goes_on(finished, tmp_path, monkeypatch, capsys):
+    config, workdir, result = finished
+    seal = seals.seal
+
+    def full_at_6(folder: Path) -> None:
+        if folder.name.startswith("6."):
+            raise OSError(28, "No space left on device")
+        seal(folder)
+
+    monkeypatch.setattr(seals, "seal", full_at_6)
+    assert without_timing(train.run(config, tmp_path, show_progress=False)) == without_timing(result)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+    assert checkpoints.steps_in(tmp_path / "checkpoints") == [3, 7]
+    assert incidents(tmp_path) == [("unsaved", 0)]
+    warning = "warning: the checkpoint of step 6 could not be written: [Errno 28] No space left on device; the next one"
+    assert warning in capsys.readouterr().err
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_has_no_result(tmp_path, monkeypatch):
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(seals, "seal", full)
+    with pytest.raises(checkpoints.SaveError, match="step 6 could not be written: .*No space left"):
+        train.run(make_config(), tmp_path, show_progress=False)
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("content", ['{"seed": ', "[]", "{}", '"text"', '{"config_digest": "other"}'])
+def test_a_damaged_result_is_made_again(finished, tmp_path, capsys, content):
+    config, workdir, result = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "result.json").write_text(content)
     assert without_timing(train.run(config, tmp_path, show_progress=False)) == without_timing(result)
     assert "warning: result.json is damaged" in capsys.readouterr().err
     assert json.loads((tmp_path / "result.json").read_text())["seed"] == 0

@@ -1,13 +1,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from absl import logging
 
-from bvit_jax import files
+from bvit_jax import checkpoints, files
 from bvit_jax.checkpoints import Checkpoints
 from bvit_jax.model_config import ConfigError
 from bvit_jax.trained import best_params
@@ -84,14 +85,30 @@ def test_a_configuration_that_is_not_the_checkpoints_own_is_refused(run, field):
         best_params(run)
 
 
-@pytest.mark.parametrize("step", [2, 3])
-def test_a_damaged_checkpoint_is_one_clear_error_and_stays_where_it_is(run, step):
-    path = sealed_files(run / "checkpoints" / str(step))[-1]
-    flip(path)
+def test_a_damaged_best_checkpoint_is_one_clear_error_and_stays_where_it_is(run):
+    flip(sealed_files(run / "checkpoints" / "2")[-1])
     before = contents(run)
-    with pytest.raises(ConfigError, match=f"the checkpoint of step {step} is damaged: .*start the training again"):
+    with pytest.raises(ConfigError, match="the checkpoint of step 2 is damaged: .*start the training again"):
         best_params(run)
     assert contents(run) == before
+
+
+def test_a_damaged_newest_checkpoint_does_not_keep_the_best_from_being_read(run):
+    flip(sealed_files(run / "checkpoints" / "3")[-1])
+    assert best_step(run) == 2
+
+
+def test_a_best_checkpoint_that_is_dropped_while_it_is_read_gives_way_to_the_better_one(run, monkeypatch):
+    true = checkpoints.restore
+
+    def dropped_first(directory: Path, step: int, *rest: Any) -> Any:
+        if step == 2:
+            (run / "metrics.jsonl").write_text(log_of(SCORES | accuracies(s3=0.95)))
+            shutil.rmtree(directory / "2")
+        return true(directory, step, *rest)
+
+    monkeypatch.setattr(checkpoints, "restore", dropped_first)
+    assert best_step(run) == 3
 
 
 def test_a_run_that_was_not_evaluated_yet_has_no_best(run):
