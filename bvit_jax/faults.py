@@ -21,6 +21,8 @@ Target = Literal["newest", "best", "all", "metrics", "none"]
 Command = Callable[[Path], list[str]]
 """A run's directory -> the command that trains there, started again to go on."""
 
+OUTPUT = "output.txt"
+"""What the processes of a run print, in the run's directory."""
 POLL_SECONDS = 0.002
 PATIENCE_SECONDS = 600.0
 """For one start of a run; more means that it hangs."""
@@ -87,7 +89,7 @@ class TrialRow:
         trial: its number, from 1.
         kind: of the fault.
         kills: signals sent that hit the process before it had ended.
-        kills_in_a_save: of these, those that left an unfinished checkpoint behind.
+        kills_in_a_save: of these, those that came while a checkpoint was being written.
         damages: files or checkpoints damaged.
         damages_found: of these, those that the run named.
         steps_repeated: steps that had been logged and were taken again.
@@ -96,6 +98,7 @@ class TrialRow:
             the undisturbed run to the bit.
         good_lost: restarts that went on from less than the newest good checkpoint, or good checkpoints that were moved
             away.
+        wrong_exits: runs that were told to stop and did not say so by their exit status.
         exits: exit status of every start.
         story: what was done, in words.
     """
@@ -110,14 +113,16 @@ class TrialRow:
     survived: bool
     exact: bool
     good_lost: int
+    wrong_exits: int
     exits: str
     story: str
 
     @property
     def passed(self) -> bool:
         """Whether something was done to the run, nothing was lost, and all damage was found."""
-        whole = self.survived and self.exact and not self.good_lost
-        return whole and self.kills > 0 and self.damages == self.damages_found
+        whole = self.survived and self.exact and not self.good_lost and not self.wrong_exits
+        done = self.kills > 0 and (self.damages > 0 or KINDS[self.kind].target == "none")
+        return whole and done and self.damages == self.damages_found
 
 
 def plan(trials: int, kinds: Sequence[str]) -> list[Kind]:
@@ -149,10 +154,6 @@ def run_trial(number: int, kind: Kind, seed: int, command: Command, workdir: Pat
     return _Trial(kind, random.Random(f"{seed} {number}"), command, workdir, expected).run(number)
 
 
-OUTPUT = "output.txt"
-"""What the processes of a run print, in the run's directory."""
-
-
 class _Trial:
     def __init__(self, kind: Kind, rng: random.Random, command: Command, workdir: Path, expected: Undisturbed) -> None:
         self.kind = kind
@@ -163,7 +164,9 @@ class _Trial:
         self.expected = expected
         self.story: list[str] = []
         self.exits: list[int] = []
-        self.in_save = self.killed = self.repeated = self.lost = 0
+        self.in_save = self.killed = self.repeated = self.lost = self.wrong_exits = 0
+        self.had = 0
+        """Last step that was logged when the process before ended."""
         self.harmed: dict[int, str] = {}
         """Steps of the checkpoints that were damaged, and how; -1 for metrics.jsonl."""
 
@@ -172,7 +175,7 @@ class _Trial:
             self._start_and_kill()
         self._harm()
         self._start_and(lambda process: None)
-        survived = self.exits[-1] == 0
+        survived = self.exits[-1] == 0 and (self.workdir / "result.json").exists()
         return TrialRow(
             trial=number,
             kind=self.kind.name,
@@ -184,6 +187,7 @@ class _Trial:
             survived=survived,
             exact=survived and not differences(self.workdir, self.expected.workdir),
             good_lost=self.lost + self._good_moved(),
+            wrong_exits=self.wrong_exits,
             exits=" ".join(map(str, self.exits)),
             story="; ".join(self.story),
         )
@@ -196,7 +200,7 @@ class _Trial:
             low = max(low, (self.expected.best_step + steps) / 2 / steps)
             high = max(low, high)
         at_step = self.rng.uniform(low, high) * steps
-        early = self.kind.target == "none" and self.rng.random() < START_SHARE
+        early = (self.kind.target, self.kind.moment) == ("none", "anywhere") and self.rng.random() < START_SHARE
         delay = self.rng.uniform(0, self.expected.seconds_to_start if early else SAVE_SECONDS)
 
         def strike(process: subprocess.Popen[bytes]) -> None:
@@ -206,19 +210,19 @@ class _Trial:
                 _wait_until(process, lambda: _step(self.workdir) >= at_step)
             time.sleep(delay)
             if process.poll() is None:
+                self.in_save += self._saving()
                 process.send_signal(self.kind.signal)
                 self.killed += 1
                 self.story.append(f"{self.kind.signal.name} at step {_step(self.workdir)}")
 
         self._start_and(strike)
-        self.in_save += self._saving()
 
     def _saving(self) -> bool:
         return any(self.directory.glob("*.orbax-checkpoint-tmp*"))
 
     def _start_and(self, strike: Callable[[subprocess.Popen[bytes]], None]) -> None:
         """Starts the run, lets something happen to it, waits for its end, and sees where it went on from."""
-        had, finished = _step(self.workdir), (self.workdir / "result.json").exists()
+        finished = (self.workdir / "result.json").exists()
         good = [step for step in checkpoints.steps_in(self.directory) if step not in self.harmed]
         known = len(self._resumptions())
         process = _start(self.command, self.workdir)
@@ -233,17 +237,19 @@ class _Trial:
         since = self._resumptions()[known:]
         if since:
             self.lost += since[0] < max(good, default=0)
-            self.repeated += max(0, had - since[0])
+            self.repeated += max(0, self.had - since[0])
         elif process.returncode == 0 and not finished:
             self.lost += bool(good)
-            self.repeated += had
-        self._check_exit(process.returncode, bool(since) or _step(self.workdir) > had)
+            self.repeated += self.had
+        unfinished = not (self.workdir / "result.json").exists()
+        self._check_exit(process.returncode, unfinished and (bool(since) or _step(self.workdir) > self.had))
+        self.had = _step(self.workdir)
 
     def _check_exit(self, status: int, was_running: bool) -> None:
-        """A run that had begun and is told to stop must say so in its exit status."""
+        """A run that had begun and was told to stop must say so in its exit status."""
         allowed = {0, preemption.EXIT_STATUS} if was_running else {0, preemption.EXIT_STATUS, -signal.SIGTERM}
         if self.kind.signal == signal.SIGTERM and status not in allowed:
-            self.lost += 1
+            self.wrong_exits += 1
             self.story.append(f"exit status {status}")
 
     def _resumptions(self) -> list[int]:
@@ -254,6 +260,8 @@ class _Trial:
 
     def _harm(self) -> None:
         steps = checkpoints.steps_in(self.directory)
+        if (self.workdir / "result.json").exists():
+            return  # too late: nothing will be read again
         if self.kind.target == "metrics":
             self.harmed[-1] = damage.cut_metrics(self.workdir, self.rng)
         elif self.kind.target != "none":
