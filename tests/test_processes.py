@@ -225,7 +225,7 @@ def train_and_die(port: int, number: int, workdir: str, step: int) -> None:
 
 def printed(process: Ended) -> list[str]:
     """Lines on standard output, without those of the library that connects CPUs."""
-    return [line for line in process.stdout.splitlines() if not line.startswith("[Gloo]")]
+    return [line for line in process.stdout.splitlines() if line and not line.startswith("[Gloo]")]
 
 
 def raised(work: Callable[[], Any]) -> tuple[str, str] | None:
