@@ -3,7 +3,8 @@
 A window is as many steps as take twice a save. It is timed plain, and with a save at its beginning and a wait for it at
 its end, so nothing of the save falls outside; the order changes from turn to turn, and what counts is the median of the
 differences. Windows are shorter than intervals, which may take minutes: the per cent is the seconds that a save adds
-over those of an interval's steps. That holds where an interval is longer than a save; the log in the record is as long as at the run's end.
+over those of an interval's steps. That holds where an interval is longer than a save. The log in the record is as long
+as at the run's end.
 """
 
 import json
