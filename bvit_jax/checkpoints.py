@@ -38,7 +38,15 @@ class DamagedError(Exception):
 
 
 class SaveError(Exception):
-    """A checkpoint could not be written; the message says which and why."""
+    """A checkpoint could not be written; the message says why.
+
+    Attributes:
+        step: of the checkpoint.
+    """
+
+    def __init__(self, step: int, cause: str) -> None:
+        super().__init__(f"the checkpoint of step {step} could not be written: {cause}")
+        self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +211,7 @@ class Checkpoints:
         directory: Path,
         keep_every: int = 0,
         log: str = "",
-        on_failure: Callable[[str], None] = lambda cause: None,
+        on_failure: Callable[[SaveError], None] = lambda error: None,
     ) -> None:
         """Makes the directory and clears away what an interrupted save left.
 
@@ -211,7 +219,7 @@ class Checkpoints:
             directory: of the checkpoints.
             keep_every: checkpoints of steps that this divides are kept for good; 0: none.
             log: content of `metrics.jsonl` that the run goes on from; its best checkpoint is kept until a newer is.
-            on_failure: called with the cause where a save failed and the next one is tried.
+            on_failure: called where a save failed and the next one is tried.
         """
         self._directory = directory.absolute()
         self._keep_every = keep_every
@@ -262,6 +270,7 @@ class Checkpoints:
 
     def _settle(self) -> None:
         """Waits for the save before; a failure is told of, a second in succession raised, in all processes alike."""
+        step = self._saving[0] if self._saving else 0
         error: SaveError | None = None
         try:
             self.wait()
@@ -270,11 +279,11 @@ class Checkpoints:
         if processes.all_agree(error is None):
             self._failed = False
             return
-        error = error or SaveError("another process could not write its part of a checkpoint")
+        error = error or SaveError(step, "another process could not write its part")
         if self._failed:
             raise error
         self._failed = True
-        self._on_failure(str(error))
+        self._on_failure(error)
         processes.on_first(self._clear)
         self._writer = self._new_writer()  # the old one would tell of its failure again
 
@@ -326,7 +335,7 @@ def _failing_as_save_error(step: int) -> Iterator[None]:
         yield
     except Exception as error:  # a full disk is a ValueError of tensorstore's
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise SaveError(f"the checkpoint of step {step} could not be written: {lines[0][:300]}") from error
+        raise SaveError(step, lines[0][:300]) from error
 
 
 def _best_steps(log: str) -> list[int]:

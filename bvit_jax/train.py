@@ -174,8 +174,8 @@ class _Run:
         finally:
             log.close()
 
-    def _on_failure(self, cause: str) -> None:
-        self.journal.warn("unsaved", 0, f"{cause}; the next one will be tried")
+    def _on_failure(self, error: checkpoints.SaveError) -> None:
+        self.journal.warn("unsaved", error.step, f"{error}; the next one will be tried")
 
     def _start(self) -> tuple[TrainState, str]:
         """Returns the state to go on from, and the rows of `metrics.jsonl` that lead to it."""

@@ -1,11 +1,13 @@
 """A run's or a sweep's directory: whose it is, and that one process at a time works in it."""
 
+import _thread
 import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -111,6 +113,8 @@ def locked(directory: Path, patience_seconds: float, flag: str = "workdir") -> I
         The dead process whose lock this one took over, "host H, process P", or None.
 
     Raises:
+        KeyboardInterrupt: in the main thread, if another machine took the directory over because this one was
+            suspended.
         ConfigError: if another process works there for longer than that; the message names it. Or if the lock cannot
             be written.
     """
@@ -206,8 +210,12 @@ def _age_seconds(path: Path) -> float:
 def _keep_fresh(path: Path, lock: BinaryIO, own: _Holder, done: threading.Event) -> None:
     while not done.wait(REFRESH_SECONDS):
         with contextlib.suppress(OSError):
-            if _read(path) == own:  # another machine takes over from one that was suspended
-                _write(lock, own)
+            holder = _read(path)
+            if holder is not None and holder != own:  # another machine takes over from one that was suspended
+                sys.stderr.write(f"error: {path.parent}: {holder} took it over, as this process was silent too long\n")
+                _thread.interrupt_main()
+                return
+            _write(lock, own)
 
 
 def _write(lock: BinaryIO, holder: _Holder) -> None:

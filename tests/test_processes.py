@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 from conftest import call, make_config, on_devices
-from several import Ended, endings, started
+from several import Ended, endings, started, wait_for
 
-from bvit_jax import data, evaluate, metrics, peers, processes, sharding, train
+from bvit_jax import data, evaluate, metrics, peers, preemption, processes, sharding, train
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sharding import Layout
@@ -451,6 +451,22 @@ def test_a_run_that_lost_each_of_its_processes_ends_like_one_that_did_not(traine
         assert survivor.returncode == peers.EXIT_STATUS, survivor.stderr
         assert f"error: process {victim} of 2 is gone (" in survivor.stderr
         assert not (tmp_path / "result.json").exists()
+    for process in train_in_pair(tmp_path):
+        assert process.returncode == 0, process.stderr
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (trained[0] / "metrics.jsonl").read_bytes()
+    results = [json.loads((workdir / "result.json").read_text()) for workdir in (tmp_path, trained[0])]
+    assert results[0] | {"timing": None} == results[1] | {"timing": None}
+
+
+def test_two_processes_of_which_one_is_told_to_stop_stop_together_and_go_on(trained, tmp_path):
+    with started(2, lambda port, number: [sys.executable, "-m", *train_command(port, number, tmp_path)]) as running:
+        wait_for(running, tmp_path / "config.json")
+        running[1].send_signal(signal.SIGTERM)
+        both = endings(running)
+    for process in both:
+        assert process.returncode == preemption.EXIT_STATUS, process.stderr
+        assert "told to stop" in process.stderr
+    assert not (tmp_path / "result.json").exists()
     for process in train_in_pair(tmp_path):
         assert process.returncode == 0, process.stderr
     assert (tmp_path / "metrics.jsonl").read_bytes() == (trained[0] / "metrics.jsonl").read_bytes()

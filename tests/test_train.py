@@ -384,7 +384,7 @@ def test_a_save_that_fails_is_told_of_and_the_run_goes_on(finished, tmp_path, mo
     assert without_timing(train.run(config, tmp_path, show_progress=False)) == without_timing(result)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
     assert checkpoints.steps_in(tmp_path / "checkpoints") == [3, 7]
-    assert incidents(tmp_path) == [("unsaved", 0)]
+    assert incidents(tmp_path) == [("unsaved", 6)]
     warning = "warning: the checkpoint of step 6 could not be written: [Errno 28] No space left on device; the next one"
     assert warning in capsys.readouterr().err
 

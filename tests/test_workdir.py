@@ -246,14 +246,16 @@ def test_a_held_lock_is_written_again_and_again(tmp_path, monkeypatch):
     assert path.stat().st_mtime == 0
 
 
-def test_a_process_that_was_taken_over_from_leaves_the_lock_alone(tmp_path, monkeypatch):
+def test_a_process_that_was_taken_over_from_leaves_the_lock_alone_and_stops(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workdir, "REFRESH_SECONDS", 0.05)
     claim(tmp_path)
-    with workdir.locked(tmp_path, 0):
+    with pytest.raises(KeyboardInterrupt), workdir.locked(tmp_path, 0):
         path = leave_lock(tmp_path, 20)
         left = path.read_bytes(), path.stat().st_mtime
-        time.sleep(0.3)
+        for _ in range(1000):
+            time.sleep(0.01)
     assert (path.read_bytes(), path.stat().st_mtime) == left
+    assert "took it over, as this process was silent too long" in capsys.readouterr().err
 
 
 @pytest.fixture
