@@ -1,6 +1,7 @@
 """Settings of the whole test suite, made before JAX starts."""
 
 import contextlib
+import gc
 import os
 import pickle
 import subprocess
@@ -99,6 +100,14 @@ def _keep(module: str, name: str, path: str) -> None:
 @pytest.fixture
 def key() -> jax.Array:
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module() -> Iterator[None]:
+    """Lets the compiled programs of a module go: thousands of them exhaust a process's memory maps, and XLA crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
