@@ -211,11 +211,12 @@ def _keep_fresh(path: Path, lock: BinaryIO, own: _Holder, done: threading.Event)
     while not done.wait(REFRESH_SECONDS):
         with contextlib.suppress(OSError):
             holder = _read(path)
-            if holder is not None and holder != own:  # another machine takes over from one that was suspended
+            if holder == own:
+                _write(lock, own)
+            elif holder is not None:  # another machine took over from this one, which was suspended
                 sys.stderr.write(f"error: {path.parent}: {holder} took it over, as this process was silent too long\n")
                 _thread.interrupt_main()
                 return
-            _write(lock, own)
 
 
 def _write(lock: BinaryIO, holder: _Holder) -> None:
