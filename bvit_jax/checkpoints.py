@@ -10,7 +10,6 @@ Kept are the newest two, the best on validation as each of these knew it, and ev
 import contextlib
 import dataclasses
 import itertools
-import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -29,8 +28,9 @@ from bvit_jax.train_step import TrainState
 NEWEST = 2
 """Checkpoints kept for being new: should the last be damaged, one interval is lost and no more."""
 DIRECTORY = "checkpoints"
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""In the name of a checkpoint that is being written."""
 _DELETED = ".deleted"
-_UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class DamagedError(Exception):
@@ -85,8 +85,7 @@ def read_record(directory: Path, step: int) -> Record:
         seals.check(folder)
         return Record(**ocp.JsonCheckpointHandler().restore(folder / "record"))
     except (seals.BrokenSealError, FileNotFoundError, ValueError) as error:
-        gist = str(error).splitlines()[0]
-        raise DamagedError(f"the checkpoint of step {step} is damaged: {gist}") from None
+        raise DamagedError(f"the checkpoint of step {step} is damaged: {_gist(error)}") from None
     except TypeError:
         raise ConfigError(f"{folder}: it must be a checkpoint of this version, not of another") from None
     except OSError as error:
@@ -94,8 +93,13 @@ def read_record(directory: Path, step: int) -> Record:
 
 
 def _unreadable(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{folder}: it cannot be read now, and is left as it is ({_gist(error)})")
+
+
+def _gist(error: Exception) -> str:
+    """Returns the first line of a message, which tensorstore follows by pages."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return ConfigError(f"{folder}: it cannot be read now, and is left as it is ({lines[0][:200]})")
+    return lines[0][:300]
 
 
 def restore(directory: Path, step: int, config: Config, abstract: TrainState) -> tuple[TrainState, Record]:
@@ -117,7 +121,7 @@ def restore(directory: Path, step: int, config: Config, abstract: TrainState) ->
     if "damaged" in told:
         raise DamagedError(told["damaged"])
     record = Record(**told)
-    differing = workdirs.differences(record.config, json.loads(json.dumps(config.to_dict())))
+    differing = workdirs.differences(record.config, config.to_dict())
     if differing:
         name = f"workdir = {str(directory.parent)!r}"
         raise ConfigError(f"{name}: the checkpoint of step {step} is of another configuration: {'; '.join(differing)}")
@@ -305,7 +309,7 @@ class Checkpoints:
     def _seal(self) -> None:
         """Seals what is complete and has not got its name yet; called in the background, one save at a time."""
         if processes.is_first():
-            for path in self._directory.glob(f"*{_UNFINISHED}*"):
+            for path in self._directory.glob(f"*{UNFINISHED}*"):
                 seals.seal(path)
 
     def _tidy(self) -> None:
@@ -325,7 +329,7 @@ class Checkpoints:
         """Removes what an interrupted save or deletion left, as far as it can be removed."""
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.iterdir():
-            if path.name.endswith(_DELETED) or _UNFINISHED in path.name:
+            if path.name.endswith(_DELETED) or UNFINISHED in path.name:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -334,8 +338,7 @@ def _failing_as_save_error(step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a full disk is a ValueError of tensorstore's
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise SaveError(step, lines[0][:300]) from error
+        raise SaveError(step, _gist(error)) from error
 
 
 def _best_steps(log: str) -> list[int]:

@@ -218,7 +218,7 @@ class _Trial:
         self._start_and(strike)
 
     def _saving(self) -> bool:
-        return any(self.directory.glob("*.orbax-checkpoint-tmp*"))
+        return any(self.directory.glob(f"*{checkpoints.UNFINISHED}*"))
 
     def _start_and(self, strike: Callable[[subprocess.Popen[bytes]], None]) -> None:
         """Starts the run, lets something happen to it, waits for its end, and sees where it went on from."""

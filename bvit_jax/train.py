@@ -18,7 +18,6 @@ writes the files, and all write checkpoints. The directory can be taken up again
 import contextlib
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +124,7 @@ def _mend_config(config: Config, workdir: Path) -> None:
         for step in reversed(checkpoints.steps_in(workdir / checkpoints.DIRECTORY)):
             with contextlib.suppress(checkpoints.DamagedError):
                 record = checkpoints.read_record(workdir / checkpoints.DIRECTORY, step)
-                if record.config == json.loads(json.dumps(config.to_dict())):
+                if record.config == config.to_dict():
                     files.write_json(path, config.to_dict())
                     text = f"config.json is damaged ({error}): taken from the checkpoint of step {step}"
                     Journal(workdir, False).warn("damaged", step, text)
@@ -337,8 +336,8 @@ class _Run:
         return result
 
     def _evaluate(self, params: Any, split: data.Split) -> evaluate.Evaluation:
-        between: Callable[[], None] = self._stop_if_told
-        return evaluate.evaluate(params, self.config.model, split, self.config.batch_size, self.placement, between)
+        config = self.config
+        return evaluate.evaluate(params, config.model, split, config.batch_size, self.placement, self._stop_if_told)
 
 
 def _has_evaluation(log: metrics.RunLog, step: int) -> bool:

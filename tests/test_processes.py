@@ -437,6 +437,15 @@ def test_two_processes_train_and_the_first_alone_reports(trained):
     assert len(list((workdir / "tensorboard").iterdir())) == 1
 
 
+def assert_goes_on_and_ends_like(undisturbed: Path, workdir: Path) -> None:
+    """Trains to the end as two processes; the run must equal the undisturbed one to the bit."""
+    for process in train_in_pair(workdir):
+        assert process.returncode == 0, process.stderr
+    assert (workdir / "metrics.jsonl").read_bytes() == (undisturbed / "metrics.jsonl").read_bytes()
+    results = [json.loads((each / "result.json").read_text()) for each in (workdir, undisturbed)]
+    assert results[0] | {"timing": None} == results[1] | {"timing": None}
+
+
 def test_a_run_that_lost_each_of_its_processes_ends_like_one_that_did_not(trained, tmp_path):
     for victim, step in ((1, 4), (0, 5)):
 
@@ -451,11 +460,7 @@ def test_a_run_that_lost_each_of_its_processes_ends_like_one_that_did_not(traine
         assert survivor.returncode == peers.EXIT_STATUS, survivor.stderr
         assert f"error: process {victim} of 2 is gone (" in survivor.stderr
         assert not (tmp_path / "result.json").exists()
-    for process in train_in_pair(tmp_path):
-        assert process.returncode == 0, process.stderr
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (trained[0] / "metrics.jsonl").read_bytes()
-    results = [json.loads((workdir / "result.json").read_text()) for workdir in (tmp_path, trained[0])]
-    assert results[0] | {"timing": None} == results[1] | {"timing": None}
+    assert_goes_on_and_ends_like(trained[0], tmp_path)
 
 
 def test_two_processes_of_which_one_is_told_to_stop_stop_together_and_go_on(trained, tmp_path):
@@ -467,11 +472,7 @@ def test_two_processes_of_which_one_is_told_to_stop_stop_together_and_go_on(trai
         assert process.returncode == preemption.EXIT_STATUS, process.stderr
         assert "told to stop" in process.stderr
     assert not (tmp_path / "result.json").exists()
-    for process in train_in_pair(tmp_path):
-        assert process.returncode == 0, process.stderr
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (trained[0] / "metrics.jsonl").read_bytes()
-    results = [json.loads((workdir / "result.json").read_text()) for workdir in (tmp_path, trained[0])]
-    assert results[0] | {"timing": None} == results[1] | {"timing": None}
+    assert_goes_on_and_ends_like(trained[0], tmp_path)
 
 
 def on_four_devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
