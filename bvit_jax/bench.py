@@ -43,7 +43,7 @@ def config_of(base: Config, case: Case) -> Config:
     if case.family == "butterfly":
         kind |= {"form": case.form, "dispatch": case.dispatch, "num_stages": case.stages}
     model = dataclasses.replace(base.model, **dataclasses.asdict(shape), **kind).canonical()
-    data = dataclasses.replace(base.data, image_size=shape.image_size)
+    data = dataclasses.replace(base.data, image_size=shape.image_size, stored_size=shape.image_size)
     layer_images = max(round(LAYER_TOKENS / num_tokens(model)), 1)
     images = TRAIN_IMAGES if case.job == "train step" else layer_images
     return dataclasses.replace(base, data=data, model=model, batch_size=images * case.copies)
@@ -166,8 +166,8 @@ def _train_step(config: Config) -> Program:
     shardings = train_step.state_shardings(config, placement)
     state = jax.jit(lambda: train_step.init_state(config), out_shardings=shardings)()
     key, data_key = jax.random.split(jax.random.key(config.seed))
-    pixels = (config.batch_size, config.model.image_size, config.model.image_size, config.model.channels)
-    images_BxHxWxc = jax.device_put(jax.random.uniform(data_key, pixels), placement.batch)
+    pixels = (config.batch_size, config.data.stored_size, config.data.stored_size, config.data.channels)
+    images_BxHxWxc = jax.device_put(jax.random.bits(data_key, pixels, jnp.uint8), placement.batch)
     labels_B = jax.device_put(jnp.arange(config.batch_size) % config.model.num_classes, placement.batch)
     arguments = jax.device_put(key, placement.replicated), images_BxHxWxc, labels_B
     compiled = train_step.make_train_step(config, placement).lower(state, *arguments).compile()

@@ -101,7 +101,8 @@ def config_of(base: Config, case: Case) -> Config:
     if case.job == "train step":
         return dataclasses.replace(config, model=model, batch_size=TRAIN_IMAGES * case.copies)
     pixels = GRID * model.patch_size
-    model, data = dataclasses.replace(model, image_size=pixels), dataclasses.replace(config.data, image_size=pixels)
+    model = dataclasses.replace(model, image_size=pixels)
+    data = dataclasses.replace(config.data, image_size=pixels, stored_size=pixels)
     return dataclasses.replace(config, model=model, data=data, batch_size=LAYER_IMAGES // case.top_k)
 
 

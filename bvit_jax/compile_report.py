@@ -30,10 +30,13 @@ def cases(config: Config, topologies: Sequence[str], families: Sequence[Family],
     """Lists what to compile; a dense model comes once a topology.
 
     Raises:
-        ConfigError: for a topology that does not exist, or the want of a butterfly where one is to be compiled.
+        ConfigError: for a topology that does not exist, or a configuration without the fields of a family wanted.
     """
     if "butterfly" in families:
         require(config.model.family == "butterfly", "model.family", config.model.family, "butterfly, to compile one")
+    if "ternary" in families:
+        has_scale = config.model.has_ternary_experts
+        require(has_scale, "model.family", config.model.family, "ternary or butterfly, to compile a ternary one")
     found = []
     for name in dict.fromkeys(topologies):
         devices = len(topology.devices_of(name))

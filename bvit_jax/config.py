@@ -7,49 +7,14 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, get_type_hints
 
-from bvit_jax.model_config import VARIANTS, ConfigError, Family, Form, ModelConfig, VitShape, require, require_choice
+from bvit_jax.data_config import AugmentConfig, DataConfig, with_fixed
+from bvit_jax.model_config import VARIANTS, ConfigError, Family, Form, ModelConfig, VitShape, require
 
-DataName = Literal["digits", "procedural"]
 LARGEST_INTEGER = 2**53
 """Bound of all numbers in a configuration: up to here integers are floats too, exactly. No NaN passes it."""
 WANTED_NUMBER: dict[type, str] = {int: "an integer", float: "a finite number"}
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Images and their augmentation.
-
-    Attributes:
-        name: `digits` (scikit-learn's, embedded) or `procedural` (drawn from the seed, any size).
-        max_shift: training images move by up to this many pixels each way, edges filled with zeros.
-        shift_probability: share of the training images that move.
-        noise: standard deviation of the Gaussian noise added to training images, in units of the pixel range 0 to 1.
-        image_size, channels, num_classes, num_train, num_validation, num_test, seed: of the `procedural` set; `digits`
-            has its own.
-    """
-
-    name: DataName
-    max_shift: int
-    shift_probability: float
-    noise: float
-    image_size: int
-    channels: int
-    num_classes: int
-    num_train: int
-    num_validation: int
-    num_test: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        require_choice("data.name", self.name, get_args(DataName))
-        for field in ("image_size", "channels", "num_classes", "num_train", "num_validation", "num_test"):
-            require(getattr(self, field) >= 1, f"data.{field}", getattr(self, field), "at least 1")
-        for field in ("max_shift", "noise", "seed"):
-            require(getattr(self, field) >= 0, f"data.{field}", getattr(self, field), "0 or more")
-        require(0 <= self.shift_probability <= 1, "data.shift_probability", self.shift_probability, "0 to 1")
-        require(self.max_shift < self.image_size, "data.max_shift", self.max_shift, f"under {self.image_size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +39,24 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay to zero.
+    """AdamW with linear warm-up and cosine decay.
 
     Attributes:
         learning_rate: peak.
+        final_learning_rate: of the last step, the peak at most.
         warmup_steps: steps of linear warm-up, fewer than the run has.
         weight_decay: on matrices only (`bvit_jax.components.decay_mask`).
         clip_norm: largest global norm of the gradient.
+        ema_decay: of the moving average of the parameters that is evaluated and exported in their place; 0: none is.
         prototype_multiplier, angle_multiplier, router_multiplier: of the learning rate of these components.
     """
 
     learning_rate: float
+    final_learning_rate: float
     warmup_steps: int
     weight_decay: float
     clip_norm: float
+    ema_decay: float
     prototype_multiplier: float
     angle_multiplier: float
     router_multiplier: float
@@ -98,6 +67,9 @@ class OptimizerConfig:
         multipliers = ("prototype_multiplier", "angle_multiplier", "router_multiplier")
         for field in ("warmup_steps", "weight_decay", *multipliers):
             require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "0 or more")
+        peak, final = self.learning_rate, self.final_learning_rate
+        require(0 <= final <= peak, "optimizer.final_learning_rate", final, f"0 to learning_rate = {peak}")
+        require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 to under 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +94,7 @@ class Config:
     keep_every: int
     max_skipped_steps: int
     data: DataConfig
+    augment: AugmentConfig
     model: ModelConfig
     loss: LossConfig
     optimizer: OptimizerConfig
@@ -140,6 +113,10 @@ class Config:
             self.model.image_size,
             f"that of the {self.data.name} images, {self.data.image_size}",
         )
+        size, shift = self.data.image_size, self.augment.max_shift
+        require(shift < size, "augment.max_shift", shift, f"under image_size = {size}")
+        cut = self.augment.crop == "resized" or self.data.stored_size == size
+        require(cut, "augment.crop", self.augment.crop, f"resized, as stored_size is not image_size = {size}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain data, ready for JSON."""
@@ -157,6 +134,15 @@ class Config:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+_SECTIONS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "augment": AugmentConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "optimizer": OptimizerConfig,
+}
+
+
 def resolve(raw: Mapping[str, Any]) -> Config:
     """Builds a `Config` from nested mappings as found in `configs/`.
 
@@ -167,7 +153,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
         ConfigError: for a field that is unknown, missing, of the wrong type or impossible.
     """
     sections = dict(raw)
-    data = _build(DataConfig, "data", _fixed_data(_section(sections, "data")))
+    data = _build(DataConfig, "data", with_fixed(_section(sections, "data")))
     model = _section(sections, "model")
     variant = model.pop("variant", None)
     require(isinstance(variant, str) and variant in VARIANTS, "model.variant", variant, " or ".join(VARIANTS))
@@ -179,6 +165,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     derived = {"channels": data.channels, "num_classes": data.num_classes}
     built = {
         "data": data,
+        "augment": _build(AugmentConfig, "augment", _section(sections, "augment")),
         "model": _build(ModelConfig, "model", model | shape | derived).canonical(),
         "loss": _build(LossConfig, "loss", _section(sections, "loss")),
         "optimizer": _build(OptimizerConfig, "optimizer", _section(sections, "optimizer")),
@@ -195,20 +182,8 @@ def from_dict(stored: Mapping[str, Any]) -> Config:
     """
     require(isinstance(stored, Mapping), "configuration", stored, "sections and fields")
     sections = dict(stored)
-    classes = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "optimizer": OptimizerConfig}
-    built = {name: _build(cls, name, _section(sections, name)) for name, cls in classes.items()}
+    built = {name: _build(cls, name, _section(sections, name)) for name, cls in _SECTIONS.items()}
     return _build(Config, "", sections | built)
-
-
-def _fixed_data(data: dict[str, Any]) -> dict[str, Any]:
-    """Fills in what an embedded set fixes, so that equal data have equal configurations."""
-    if data.get("name") != "digits":
-        return data
-    fixed = {"image_size": 8, "channels": 1, "num_classes": 10}
-    fixed |= {"num_train": 1200, "num_validation": 197, "num_test": 400, "seed": 0}
-    for field, value in fixed.items():
-        require(data.get(field, value) == value, f"data.{field}", data.get(field), f"{value}, which digits fix")
-    return data | fixed
 
 
 def _section(sections: Mapping[str, Any], name: str) -> dict[str, Any]:

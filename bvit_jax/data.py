@@ -1,4 +1,4 @@
-"""Images in memory, split once and for all, and the order in which training sees them.
+"""The images of a run in three splits, held in memory or read as they are needed.
 
 Axes: B batch, n images, H and W pixels, c channels.
 """
@@ -7,17 +7,20 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-from sklearn.datasets import load_digits
 
-from bvit_jax.config import DataConfig
+from bvit_jax import drawn, prepared
+from bvit_jax.batches import PADDING, Batch, EvalPlan, Plan, TrainPlan
+from bvit_jax.data_config import EMBEDDED, DataConfig
+from bvit_jax.model_config import require
+from bvit_jax.streams import Streamed
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and labels.
+    """Images and labels in memory.
 
     Attributes:
-        images: float32 (n, H, W, c), 0 to 1.
+        images: uint8 (n, H, W, c).
         labels: int32 (n,).
     """
 
@@ -27,97 +30,115 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def batches(self, plan: Plan, numbers: range) -> Iterator[Batch]:
+        """Yields the batches of these numbers; padding is images of zeros with label 0."""
+        for number in numbers:
+            indices = plan(number)
+            real = indices != PADDING
+            images, labels = self.images[indices], self.labels[indices]
+            images[~real], labels[~real] = 0, 0
+            yield Batch(images, labels, real.astype(np.float32))
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Images, labels and which of them count: `weights` is float32 (B,), 1, or 0 for padding."""
 
-    images: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
+AnySplit = Split | Streamed
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Three splits with no image in common; train to fit, validation to select, test to report."""
+    """Three splits with no image in common; train to fit, validation to select, test to report.
 
-    train: Split
-    validation: Split
-    test: Split
+    Attributes:
+        train, validation, test: the splits.
+        digest: of the prepared set they come from (`prepared.PreparedSet`); empty if the configuration says all.
+        class_names: of the labels from 0; empty if they have none.
+    """
+
+    train: AnySplit
+    validation: AnySplit
+    test: AnySplit
+    digest: str = ""
+    class_names: tuple[str, ...] = ()
 
 
 def load(config: DataConfig) -> Dataset:
-    """Loads or draws the images that `config` names; the same configuration gives the same images and splits."""
-    images, labels = _digits() if config.name == "digits" else _procedural(config)
+    """Loads, opens or draws the images that `config` names.
+
+    The same configuration gives the same images and splits, whatever the seed of the run: all are tested alike.
+
+    Raises:
+        ConfigError: if the set is not there (`prepared.open_set`), or is not as the configuration says.
+    """
+    return _embedded(config) if config.name in EMBEDDED else _from_prepared(config)
+
+
+def _embedded(config: DataConfig) -> Dataset:
+    images, labels = drawn.digits() if config.name == "digits" else drawn.gratings(config)
     sizes = (config.num_train, config.num_validation, config.num_test)
     if sum(sizes) != len(labels):
         raise ValueError(f"splits of {sizes} images do not add up to the {len(labels)} of {config.name}")
-    # A fixed order of our own: independent of the run's seed, so that all runs are tested on the same images.
-    order = np.random.default_rng([config.seed, 1]).permutation(len(labels))
-    parts = np.split(order, np.cumsum(sizes)[:-1])
-    return Dataset(*(Split(images[index], labels[index]) for index in parts))
+    parts = np.split(_order(config, len(labels)), np.cumsum(sizes)[:-1])
+    train, validation, test = (Split(images[index], labels[index]) for index in parts)
+    return Dataset(train, validation, test)
 
 
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """Returns the 1,797 handwritten digits of scikit-learn, 8x8 grey levels from 0 to 16 in the original."""
-    digits = load_digits()
-    return (digits.images[..., None] / 16).astype(np.float32), digits.target.astype(np.int32)
+def _order(config: DataConfig, count: int) -> np.ndarray:
+    return np.random.default_rng([config.seed, 1]).permutation(count)
 
 
-def _procedural(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Draws gratings: a class is an orientation, a wavelength and a colour; phase, contrast and noise vary."""
-    rng = np.random.default_rng([config.seed, 0])
-    count = config.num_train + config.num_validation + config.num_test
-    labels = (np.arange(count) % config.num_classes).astype(np.int32)
-    # The golden ratio spreads any number of classes evenly over orientations and wavelengths.
-    spread = np.arange(config.num_classes) * 0.6180339887498949 % 1
-    orientation = np.pi * np.arange(config.num_classes) / config.num_classes
-    cycles = 1 + 2 * spread
-    colour = 0.5 + 0.5 * np.cos(2 * np.pi * (spread[:, None] + np.arange(config.channels) / config.channels))
-    axis = np.arange(config.image_size) / config.image_size
-    images = np.empty((count, config.image_size, config.image_size, config.channels), np.float32)
-    for start in range(0, count, 1024):  # bounds the float64 temporaries
-        y = labels[start : start + 1024]
-        direction = orientation[y][:, None, None]
-        across = np.cos(direction) * axis[None, None, :] + np.sin(direction) * axis[None, :, None]
-        phase = rng.uniform(0, 2 * np.pi, (len(y), 1, 1))
-        contrast = rng.uniform(0.25, 0.5, (len(y), 1, 1))
-        wave = contrast * np.sin(2 * np.pi * cycles[y][:, None, None] * across + phase)
-        drawn = 0.5 + wave[..., None] * colour[y][:, None, None, :]
-        images[start : start + 1024] = np.clip(drawn + rng.normal(0, 0.05, drawn.shape), 0, 1)
-    return images, labels
+def check(config: DataConfig) -> None:
+    """Looks whether `load` will find the images that `config` names, without reading any.
 
-
-def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Returns the indices of the training images of one step, int64 (batch_size,).
-
-    Step s takes places s * batch_size onwards of an endless row of shuffled epochs; every epoch's order is drawn from
-    (seed, epoch) alone. So a batch depends on (seed, step) and nothing else, and every image comes once an epoch.
+    Raises:
+        ConfigError: as `load`.
     """
-    places = step * batch_size + np.arange(batch_size)
-    epochs = places // num_images
-    indices = np.empty(batch_size, np.int64)
-    for epoch in range(epochs[0], epochs[-1] + 1):
-        order = np.random.default_rng([seed, epoch]).permutation(num_images)
-        here = epochs == epoch
-        indices[here] = order[places[here] % num_images]
-    return indices
+    if config.name not in EMBEDDED:
+        _opened(config)
 
 
-def train_batch(split: Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> Batch:
-    """Returns the places `rows` of the batch of one training step, a pure function of its arguments."""
-    index = batch_indices(len(split), batch_size, seed, step)[rows]
-    return Batch(split.images[index], split.labels[index], np.ones(len(rows), np.float32))
+def _opened(config: DataConfig) -> prepared.PreparedSet:
+    """Opens a prepared set that holds what the configuration says."""
+    found = prepared.open_set(config.name)
+    classes = f"{found.num_classes}, of {found.name}"
+    require(found.num_classes == config.num_classes, "data.num_classes", config.num_classes, classes)
+    trained = found.splits.get("train", 0)
+    held_out = config.num_validation
+    require(held_out < trained, "data.num_validation", held_out, f"under {trained}, the images of split train")
+    left = f"{trained - held_out} at most: split train holds {trained}, {held_out} of them are for validation"
+    require(config.num_train <= trained - held_out, "data.num_train", config.num_train, left)
+    require(config.test_split in found.splits, "data.test_split", config.test_split, " or ".join(found.splits))
+    tested = found.splits[config.test_split]
+    require(config.num_test <= tested, "data.num_test", config.num_test, f"{tested} at most, of {config.test_split}")
+    return found
 
 
-def eval_batches(split: Split, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
+def _from_prepared(config: DataConfig) -> Dataset:
+    found, held_out = _opened(config), config.num_validation
+    trained, tested = found.splits["train"], found.splits[config.test_split]
+    # Validation comes first: it is the same however many images are trained on.
+    held, fitted = np.split(_order(config, trained)[: held_out + config.num_train], [held_out])
+    parts = (("train", fitted), ("train", held), (config.test_split, _order(config, tested)[: config.num_test]))
+    splits: list[AnySplit] = []
+    for name, index in parts:
+        split = Streamed(found.source(name), np.sort(index), config.stored_size, config.channels)
+        splits.append(split if config.reading == "stream" else Split(*split.read_all()))
+    train, validation, test = splits
+    return Dataset(train, validation, test, found.digest, found.class_names)
+
+
+def train_batches(split: AnySplit, batch_size: int, seed: int, steps: range, rows: np.ndarray) -> Iterator[Batch]:
+    """Yields the places `rows` of the batches of these steps, each a pure function of (seed, step)."""
+    return split.batches(TrainPlan(len(split), batch_size, seed, rows), steps)
+
+
+def train_batch(split: AnySplit, batch_size: int, seed: int, step: int, rows: np.ndarray) -> Batch:
+    """Returns the places `rows` of the batch of one training step."""
+    return next(iter(train_batches(split, batch_size, seed, range(step, step + 1), rows)))
+
+
+def eval_batches(split: AnySplit, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
     """Yields the places `rows` of batches of equal size, which hold every image of a split once, in order.
 
-    The last is padded with images of zeros and weight 0.
+    The last is padded with images of zeros, label 0 and weight 0.
     """
-    for start in range(0, len(split), batch_size):
-        places = start + rows
-        real = places < len(split)
-        index = np.where(real, places, 0)
-        weights = real.astype(np.float32)
-        yield Batch(split.images[index] * weights[:, None, None, None], split.labels[index] * real, weights)
+    plan = EvalPlan(len(split), batch_size, rows)
+    return split.batches(plan, plan.numbers)

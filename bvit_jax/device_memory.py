@@ -8,8 +8,11 @@ from bvit_jax.train_step import TrainState
 
 
 def of_state(state: TrainState) -> dict[str, int]:
-    """Returns params_bytes and optimizer_bytes on the device of this process that holds most of them."""
-    return {"params_bytes": _most(state.params), "optimizer_bytes": _most(state.opt_state)}
+    """Returns params_bytes and optimizer_bytes on the device of this process that holds most of them.
+
+    A moving average of the parameters counts with the optimiser.
+    """
+    return {"params_bytes": _most(state.params), "optimizer_bytes": _most((state.average, state.opt_state))}
 
 
 def peak() -> dict[str, int]:

@@ -51,7 +51,7 @@ from collections.abc import Sequence
 from bvit_jax import butterfly, memory, scaling
 from bvit_jax.config import Config
 from bvit_jax.model_config import ModelConfig, require
-from bvit_jax.storage import Encoding, Storage, StoredParam, layout
+from bvit_jax.storage import Encoding, Storage, StoredParam, expert_precision, layout
 
 FLOAT_ADD = 0.9
 """Picojoules of a float32 addition."""
@@ -176,15 +176,15 @@ def weight_bytes(model: ModelConfig, storage: Storage, tokens: int) -> float:
 
 def _belongs_to_experts(stored: StoredParam, model: ModelConfig) -> bool:
     """Whether a tensor has an axis of experts that a step reads in part; a router is read whole."""
-    return stored.component in ("experts", "angles") or (model.family == "standard" and stored.component == "ffn_bias")
+    return stored.component in ("experts", "angles") or (model.stores_experts and stored.component == "ffn_bias")
 
 
 def _per_row(model: ModelConfig, storage: Storage) -> _Work:
     """Returns the work of one token in one of its experts, or in a dense FFN."""
     d_model, d_ff = model.d_model, model.d_ff
+    encoding = expert_precision(model, storage)
     if model.family != "butterfly":
-        return _product(d_model, d_ff, storage.experts, d_ff) + _product(d_ff, d_model, storage.experts, d_model)
-    encoding: Encoding = "float32" if model.ternary_scale == "none" else "ternary"
+        return _product(d_model, d_ff, encoding, d_ff) + _product(d_ff, d_model, encoding, d_model)
     one_way = _product(d_model, d_ff, encoding, d_ff) + _turns(model, d_model) + _turns(model, d_ff)
     if model.form == "reference":
         return one_way

@@ -55,7 +55,7 @@ class Evaluation:
 def evaluate(
     params: Any,
     config: ModelConfig,
-    split: data.Split,
+    split: data.AnySplit,
     batch_size: int,
     placement: Placement,
     between: Callable[[], None] | None = None,
@@ -109,13 +109,13 @@ def without_rotations(params: Any) -> Any:
 
 
 def ternary_statistics(params: Any, config: ModelConfig) -> dict[str, dict[str, float]]:
-    """Returns {"zeros", "scale"} of every prototype by its path, averaged over the layers that share the path."""
+    """Returns {"zeros", "scale"} of the ternary matrices by path, averaged over layers, and experts, of one path."""
     found: dict[str, dict[str, float]] = {}
-    if config.ternary_scale == "none":
+    if not config.has_ternary_experts or config.ternary_scale == "none":
         return found
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = components.path_of(key_path)
-        if components.component_of(path) == "prototype":
+        if components.component_of(path) in ("prototype", "experts"):
             stats = ternary.statistics(leaf, config.ternary_scale)
             found[path] = {"zeros": float(stats.zeros), "scale": float(stats.scale)}
     return found

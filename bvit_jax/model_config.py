@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from bvit_jax import butterfly, packing, precision
 
-Family = Literal["dense", "standard", "butterfly"]
+Family = Literal["dense", "standard", "ternary", "butterfly"]
 Form = Literal["separate", "tied", "reference"]
 ComputeDtype = Literal["float32", "bfloat16"]
 TernaryScale = Literal["row", "tensor", "none"]
@@ -47,19 +47,24 @@ class ModelConfig:
     """A model in full. A family ignores the fields that are not its own (`canonical` resets them).
 
     Attributes:
-        family: `dense`, one FFN; `standard`, a mixture of stored experts; `butterfly`, a mixture of rotated ones.
+        family: `dense`, one FFN; `standard`, a mixture of stored experts; `ternary`, one of stored experts whose
+            matrices are ternary; `butterfly`, one of experts that are rotations of shared ternary matrices.
         form: of the butterfly experts; see `bvit_jax.moe.ButterflyMoe`.
         num_experts, top_k: experts of a mixture layer, and how many of them a token uses.
         moe_layers: layers that hold a mixture: `every`, `second` (the 2nd, 4th, ...) or indices such as `1,3,5`; the
             others hold a dense FFN.
         num_stages: depth of the rotations; a side that has fewer stages at full depth stops there.
         stride_order: of the rotations; see `bvit_jax.butterfly`.
-        ternary_scale: of the prototypes, one per output `row` or per `tensor`; `none` leaves them floats, not ternary.
+        ternary_scale: of the ternary matrices, prototypes or an expert's own: one per output `row` of a matrix or one
+            per `tensor`; `none` leaves them floats, not ternary.
         angle_bits: angles are rounded to 2^angle_bits steps of the circle, in training through a straight-through
             estimator; 32 leaves them float32.
         router_precision: likewise, the format that the router's weights are rounded to.
         angle_init: angles start uniform in [-angle_init, angle_init], radians.
         router_noise: standard deviation of the Gaussian noise on the router's logits in training.
+        attention_dropout: share of the attention weights that training leaves out.
+        stochastic_depth: share of the images for which training skips the last layer's attention, and of those for
+            which it skips its FFN; the shares rise evenly from 0 in the first layer.
         dispatch: how rows meet the rotations of their experts; see `bvit_jax.rotated`. All give the same result.
         compute_dtype: of activations and matrix products; parameters and the router are float32.
         image_size, patch_size, num_layers, d_model, d_ff, num_heads: as in `VitShape`.
@@ -78,6 +83,8 @@ class ModelConfig:
     router_precision: precision.RouterPrecision
     angle_init: float
     router_noise: float
+    attention_dropout: float
+    stochastic_depth: float
     dispatch: Dispatch
     compute_dtype: ComputeDtype
     image_size: int
@@ -125,6 +132,8 @@ class ModelConfig:
         require(self.num_stages <= deepest, "model.num_stages", self.num_stages, f"at most {deepest} (full depth)")
         for field in ("angle_init", "router_noise"):
             require(getattr(self, field) >= 0, f"model.{field}", getattr(self, field), "0 or more")
+        for field in ("attention_dropout", "stochastic_depth"):
+            require(0 <= getattr(self, field) < 1, f"model.{field}", getattr(self, field), "0 to under 1")
         moe_layer_indices(self.moe_layers, self.num_layers)
 
     @property
@@ -139,25 +148,34 @@ class ModelConfig:
         chosen = () if self.family == "dense" else moe_layer_indices(self.moe_layers, self.num_layers)
         return tuple(layer in chosen for layer in range(self.num_layers))
 
+    @property
+    def stores_experts(self) -> bool:
+        """Whether each expert has matrices of its own."""
+        return self.family in ("standard", "ternary")
+
+    @property
+    def has_ternary_experts(self) -> bool:
+        """Whether `ternary_scale` is its own: experts have ternary matrices or are rotations of such."""
+        return self.family in ("ternary", "butterfly")
+
     def deployed(self) -> "ModelConfig":
-        """Returns the model whose prototypes, angles and router are already rounded: it uses them as they are."""
+        """Returns the model whose ternary matrices, angles and router are rounded already: it uses them as they are."""
         return dataclasses.replace(self, ternary_scale="none", angle_bits=32, router_precision="float32")
 
     def canonical(self) -> "ModelConfig":
         """Resets the fields that the family ignores, so that equal models have equal configurations."""
-        mixture: dict[str, Any] = (
-            {}
-            if self.family == "butterfly"
-            else {
+        mixture: dict[str, Any] = {}
+        if self.family != "butterfly":
+            mixture = {
                 "form": "separate",
                 "num_stages": 1,
                 "stride_order": "descending",
-                "ternary_scale": "row",
                 "angle_bits": 32,
                 "angle_init": 0.0,
                 "dispatch": "auto",
             }
-        )
+        if not self.has_ternary_experts:
+            mixture["ternary_scale"] = "row"
         layers = moe_layer_indices(self.moe_layers, self.num_layers)
         named = ("every", tuple(range(self.num_layers))), ("second", tuple(range(1, self.num_layers, 2)))
         spelling = next((name for name, meant in named if meant == layers), ",".join(map(str, layers)))

@@ -1,4 +1,5 @@
-"""Feed-forward layers of the Vision Transformer: dense, mixture of stored experts, mixture of rotated ternary experts.
+"""Feed-forward layers of the Vision Transformer: dense, mixture of stored experts (floats or ternary), mixture of
+rotated ternary experts.
 
 All three map (B, T, D) to (B, T, D) and return a `RouterReport` (None from the dense layer) beside it. Parameters are
 float32; activations and matrix products have `config.compute_dtype`.
@@ -66,6 +67,9 @@ class Router(nn.Module):
 class StandardMoe(nn.Module):
     """Mixture of stored experts, each an FFN with biases of its own. Exact: no capacity, no token dropped.
 
+    Matrices are floats in the family `standard`, and in `ternary` W_q, quantised matrix by matrix through the
+    straight-through estimator of `bvit_jax.ternary`.
+
     On a mesh each device sorts its own rows by expert, and sends those of experts that are elsewhere along the axis
     `expert` (`bvit_jax.exchange`); hidden channels may be split over the axis `model`. The grouped products go by
     tiles on TPUs and by blocks on CPUs (`bvit_jax.dispatch`); the choice is made when the program is lowered, for the
@@ -83,6 +87,8 @@ class StandardMoe(nn.Module):
             name: self.param(name, sharding.named(init, *axes), tuple(sizes[axis] for axis in axes))
             for name, (init, axes) in _STORED.items()
         }
+        # Rounded before they are split over devices: a scale is that of all inputs, wherever these are.
+        params |= {name: _rounded(c, params[name]) for name in ("up_kernel", "down_kernel")}
         params = {name: leaf.astype(c.compute_dtype) for name, leaf in params.items()}
         x_BxTxD, expert_BxTxK = x_BxTxD.astype(c.compute_dtype), routed.experts_BxTxK
         mesh = sharding.active_mesh()
@@ -198,9 +204,7 @@ class ButterflyMoe(nn.Module):
         if name.endswith("bias"):
             return self.param(name, sharding.named(_zeros, "outputs"), shape).astype(c.compute_dtype)
         weights_IxO = self.param(name, sharding.named(_kernel_init, "inputs", "outputs"), shape)
-        if c.ternary_scale != "none":
-            weights_IxO = ternary.quantise(weights_IxO, c.ternary_scale)
-        return weights_IxO.astype(c.compute_dtype)
+        return _rounded(c, weights_IxO).astype(c.compute_dtype)
 
 
 _ROTATED: dict[str, dict[str, str]] = {
@@ -234,6 +238,13 @@ def _in_each_shard(
     rows, whole = sharding.split("rotated_batch"), PartitionSpec()
     by_shard = jax.shard_map(experts, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows, check_vma=False)
     return by_shard(params, x_BxTxD, expert_BxTxK)
+
+
+def _rounded(config: ModelConfig, w_IxO: jax.Array) -> jax.Array:
+    """Rounds matrices (..., I, O) of experts as the exported file will hold them, where training does."""
+    if not config.has_ternary_experts or config.ternary_scale == "none":
+        return w_IxO
+    return ternary.quantise(w_IxO, config.ternary_scale)
 
 
 def _uniform(limit: float) -> nn.initializers.Initializer:

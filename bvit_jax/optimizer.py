@@ -7,6 +7,7 @@ References:
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from bvit_jax import components
@@ -14,12 +15,13 @@ from bvit_jax.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: linear from 0 to the peak, then a half cosine down to 0 at `total_steps`."""
+    """Returns step -> learning rate: linear from 0 to the peak, then half a cosine down to the last."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=total_steps,
+        end_value=config.final_learning_rate,
     )
 
 
@@ -40,6 +42,23 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         optax.scale_by_learning_rate(learning_rate(config, total_steps)),
         *(_scale_component(component, factor) for component, factor in multipliers.items() if factor != 1),
     )
+
+
+def averaged(average: Any, params: Any, decay: float, steps: jax.Array) -> Any:
+    """Moves the exponential moving average of the parameters on by one step.
+
+    Early on the decay is (1 + steps) / (10 + steps) instead, if that is less: the first parameters, which are random,
+    would otherwise weigh for 1 / (1 - decay) steps. Source: TensorFlow's ExponentialMovingAverage, `num_updates`.
+
+    Args:
+        average: before, as `params`.
+        params: after the step.
+        decay: `OptimizerConfig.ema_decay`.
+        steps: int32 (), taken before this one.
+    """
+    steps = steps.astype(jnp.float32)
+    kept = jnp.minimum(decay, (1 + steps) / (10 + steps))
+    return optax.incremental_update(params, average, 1 - kept)
 
 
 def _scale_component(component: components.Component, factor: float) -> optax.GradientTransformation:

@@ -76,13 +76,16 @@ class PackedModel:
         """Returns logits, float32 (n, C).
 
         Args:
-            images_nxHxWxc: floating, 0 to 1, of the size and channels that the model was trained on; any number.
+            images_nxHxWxc: uint8, 0 to 255, or floating, 0 to 1, of the size and channels that the model was trained
+                on; any number.
             batch_size: images at a time at most; the last batch is padded. Smaller takes less memory.
 
         Raises:
             ValueError: if the images have another shape.
         """
-        images = np.asarray(images_nxHxWxc, np.float32)
+        images = np.asarray(images_nxHxWxc)
+        if images.dtype != np.uint8:
+            images = images.astype(np.float32)
         m = self.config.model
         expected = (m.image_size, m.image_size, m.channels)
         if images.ndim != 4 or images.shape[1:] != expected:

@@ -44,7 +44,7 @@ def sweep_plots(summaries: Sequence[Summary], directory: Path) -> list[Path]:
 def memory_plot(points: Sequence[Point], title: str, path: Path) -> Path:
     """Draws bytes against experts, a panel a family and form, a line a number format, in both accountings."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _draw(path, partial(_memory, points=points, title=title), size=(8.0, 7.0), legend=False)
+    return _draw(path, partial(_memory, points=points, title=title), size=(10.4, 7.0), legend=False)
 
 
 def compile_plot(rows: Sequence[Row], title: str, path: Path) -> Path:
@@ -155,7 +155,10 @@ def _accuracy_against_bytes(figure: Figure, summaries: Sequence[Summary]) -> Non
 def _memory(figure: Figure, points: Sequence[Point], title: str) -> None:
     kinds = list(dict.fromkeys(p.variant.kind for p in points if p.variant.family != "dense"))
     exponents = {g.variant: g.exponent for g in growth(points)}
-    panels = figure.subplots(-(-len(kinds) // 2), 2, sharex=True, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(-(-len(kinds) // 3), 3, sharex=True, sharey=True, squeeze=False).flat)
+    for index in range(len(kinds), len(panels)):
+        panels[index].set_axis_off()
+        panels[index - 3].tick_params(labelbottom=True)  # of the panel above, now the lowest
     for axes, kind in zip(panels, kinds, strict=False):
         lines = by_variant(p for p in points if p.variant.kind == kind)
         for index, (variant, line) in enumerate(lines.items()):

@@ -124,6 +124,22 @@ def on_first(work: Callable[[], Any]) -> Any:
     return told["returned"]
 
 
+def in_all(work: Callable[[], Any]) -> Any:
+    """Does `work` in each process, and returns what it returns there.
+
+    Raises:
+        ConfigError: in all processes if `work` raises one in some.
+    """
+    error: ConfigError | None = None
+    try:
+        done = work()
+    except ConfigError as raised:
+        error, done = raised, None
+    if not all_agree(error is None):
+        raise error or ConfigError("another process of the run cannot go on; its message says why")
+    return done
+
+
 def check_same(name: str, value: str) -> None:
     """Raises ConfigError in all processes unless `value` is that of the first process in all."""
     if jax.process_count() > 1:

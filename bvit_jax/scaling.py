@@ -34,6 +34,8 @@ class Variant:
     @property
     def numbers(self) -> str:
         """What sets variants of one family and form apart: the format of angles, or of stored experts."""
+        if self.family == "ternary":
+            return "ternary"
         return f"{self.storage.angle_bits}-bit" if self.family == "butterfly" else self.storage.experts
 
     @property
@@ -44,7 +46,7 @@ class Variant:
     @property
     def name(self) -> str:
         """A name for people."""
-        return f"{self.kind} {self.numbers}"
+        return self.kind if self.kind == self.numbers else f"{self.kind} {self.numbers}"
 
     def key(self) -> dict[str, Any]:
         """Returns the columns that say which variant it is."""
@@ -103,9 +105,10 @@ class Growth:
 
 
 def all_variants(rest: Storage) -> list[Variant]:
-    """Lists dense, standard and butterfly in all their number formats; what they do not vary is as in `rest`."""
+    """Lists every family and form in all its number formats; what they do not vary is as in `rest`."""
     kinds = [Variant("dense", "separate", dataclasses.replace(rest, experts="float32"))]
     kinds += [standard(rest, experts) for experts in precision.PRECISIONS]
+    kinds += [Variant("ternary", "separate", dataclasses.replace(rest, experts="float32"))]
     for form in get_args(Form):
         for bits in packing.ANGLE_BITS:
             kinds.append(Variant("butterfly", form, dataclasses.replace(rest, angle_bits=bits)))

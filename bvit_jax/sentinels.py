@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from flax import struct
 
-from bvit_jax import components, data, files
+from bvit_jax import components, files
+from bvit_jax.batches import Batch
 
 COLLAPSED_SHARE = 0.25
 """Warn where the load is spread as if over less than this share of the experts."""
@@ -80,7 +81,7 @@ def watch(
     return after, running & finite
 
 
-def write_report(workdir: Path, sentinel: Sentinel, batch: data.Batch, indices: np.ndarray) -> Path:
+def write_report(workdir: Path, sentinel: Sentinel, batch: Batch, indices: np.ndarray) -> Path:
     """Writes what is known of a step that was not finite.
 
     Args:
@@ -91,7 +92,7 @@ def write_report(workdir: Path, sentinel: Sentinel, batch: data.Batch, indices: 
 
     Returns:
         Path of the JSON file: step, loss, gradient_norm of every group ("inf", "nan" as text), groups (those that are
-        not finite), and indices, labels, smallest and largest pixel of the batch.
+        not finite), and indices, labels, smallest and largest pixel of the batch, uint8.
     """
     step = int(sentinel.step)
     norms = {name: math.sqrt(float(squared)) for name, squared in sentinel.squared_norms.items()}
@@ -106,8 +107,8 @@ def write_report(workdir: Path, sentinel: Sentinel, batch: data.Batch, indices: 
         "batch": {
             "indices": indices.tolist(),
             "labels": batch.labels.tolist(),
-            "pixel_min": _plain(float(batch.images.min())),
-            "pixel_max": _plain(float(batch.images.max())),
+            "pixel_min": int(batch.images.min()),
+            "pixel_max": int(batch.images.max()),
         },
     }
     files.write_json(path, report)

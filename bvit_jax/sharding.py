@@ -163,7 +163,7 @@ def mesh_shape(model: ModelConfig, batch_size: int, layout: Layout, count: int) 
     divides = along_model >= 1 and count % along_model == 0
     require(divides, "model_axis", along_model, f"a divisor of {count} devices")
     rest = count // along_model
-    stored = model.family == "standard"
+    stored = model.stores_experts
     if expert is None:
         expert = math.gcd(model.num_experts, rest) if stored else 1
     wanted = f"a divisor of {count} devices" + (f" / model_axis {along_model}" if along_model > 1 else "")

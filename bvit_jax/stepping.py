@@ -1,12 +1,18 @@
 """One process's steps of a run: its images, its compiled step, and the state before the first."""
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 
-from bvit_jax import data, train_step
+from bvit_jax import batches, data, processes, train_step
 from bvit_jax.config import Config
 from bvit_jax.sharding import Placement
 from bvit_jax.train_step import Metrics, TrainState
+
+Inputs = tuple[jax.Array, jax.Array]
+MOST_STEPS = 2**31 - 1
+"""What the state can count; benchmarks go on past a run's end."""
 
 
 class Stepper:
@@ -25,7 +31,10 @@ class Stepper:
         self._key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=placement.replicated)()
         # Queued steps with collectives can deadlock when several host devices share few cores.
         self._waits = placement.mesh.size > 1 and jax.default_backend() == "cpu"
-        self.dataset = data.load(config.data)
+        self._batches: Iterator[batches.Batch] = iter(())
+        self._next: int | None = None
+        self.dataset = processes.in_all(lambda: data.load(config.data))
+        processes.check_same("the images of " + config.data.name, self.dataset.digest)
 
     def first_state(self) -> TrainState:
         """Makes the state before the first step, every array where it belongs."""
@@ -38,17 +47,34 @@ class Stepper:
 
     def take(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """Takes the step after `step` steps are done; the state passed in is given away."""
-        config = self._config
-        batch = data.train_batch(self.dataset.train, config.batch_size, config.seed, step, self._rows)
-        images, labels = self._placement.put_batch((batch.images, batch.labels), self._rows, config.batch_size)
-        state, values = self._step(state, self._key, images, labels)
+        return self.take_with(state, self.inputs(step))
+
+    def inputs(self, step: int) -> Inputs:
+        """Returns images and labels of the step after `step` are done, on the devices."""
+        batch = self.batch(step)
+        arrays = (batch.images, batch.labels)
+        inputs: Inputs = self._placement.put_batch(arrays, self._rows, self._config.batch_size)
+        return inputs
+
+    def take_with(self, state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
+        """Takes a step as `take`, with these images and labels."""
+        state, values = self._step(state, self._key, *inputs)
         if self._waits:
             jax.block_until_ready(values)
         return state, values
 
-    def whole_batch(self, step: int) -> tuple[data.Batch, np.ndarray]:
+    def batch(self, step: int) -> batches.Batch:
+        """Returns this process's part of a batch; steps in succession are read ahead."""
+        if step != self._next:
+            config = self._config
+            steps = range(step, MOST_STEPS)
+            self._batches = data.train_batches(self.dataset.train, config.batch_size, config.seed, steps, self._rows)
+        self._next = step + 1
+        return next(self._batches)
+
+    def whole_batch(self, step: int) -> tuple[batches.Batch, np.ndarray]:
         """Returns the batch of all processes of the step after `step` are done, and its indices in the split."""
         config = self._config
         every = np.arange(config.batch_size)
         batch = data.train_batch(self.dataset.train, config.batch_size, config.seed, step, every)
-        return batch, data.batch_indices(len(self.dataset.train), config.batch_size, config.seed, step)
+        return batch, batches.batch_indices(len(self.dataset.train), config.batch_size, config.seed, step)

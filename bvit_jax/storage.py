@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bvit_jax import components, packing, precision, vit
+from bvit_jax import components, packing, precision, ternary, vit
 from bvit_jax.components import Component
 from bvit_jax.model_config import ModelConfig, require_choice
 
 Dtype = Literal["F32", "BF16", "U16", "U8"]
 BackbonePrecision = Literal["float32", "bfloat16", "int8"]
 Encoding = Literal["angles"] | precision.Precision
+_OF_EXPERTS: frozenset[Component] = frozenset({"prototype", "experts"})
 NUMPY_DTYPE: dict[Dtype, Any] = {"F32": np.float32, "BF16": jnp.bfloat16, "U16": np.uint16, "U8": np.uint8}
 
 
@@ -33,7 +34,8 @@ class Storage:
     Attributes:
         angle_bits: 32 (float32) or a code of fewer bits an angle.
         router: of the routers' weights.
-        experts: of stored experts, dense FFNs and the dense projection of the `reference` form.
+        experts: of the stored experts of the family `standard`, of dense FFNs and the dense projection of the
+            `reference` form. What is trained ternary is stored so (`expert_precision`).
         backbone: of the kernels of attention, patch embedding and head.
         trits: five ternary weights a byte, or 2 bits each.
     """
@@ -125,7 +127,7 @@ def _stored(path: str, shape: tuple[int, ...], model: ModelConfig, storage: Stor
         return StoredParam(path, component, shape, encoding, (0, 0), values, None)
     lead, (inputs, outputs) = _matrices(path, component, shape)
     width = precision.width(inputs, outputs, encoding, storage.trits)
-    scales = 1 if component == "prototype" and model.ternary_scale == "tensor" else outputs
+    scales = 1 if encoding == "ternary" and _scale_kind(component, model) == "tensor" else outputs
     values = Tensor(f"{path}.codes", "U8", (*lead, width))
     return StoredParam(
         path, component, shape, encoding, (inputs, outputs), values, Tensor(f"{path}.scale", "F32", (*lead, scales))
@@ -135,13 +137,27 @@ def _stored(path: str, shape: tuple[int, ...], model: ModelConfig, storage: Stor
 def _encoding(path: str, component: Component, model: ModelConfig, storage: Storage) -> Encoding:
     if component == "angles":
         return "float32" if storage.angle_bits == 32 else "angles"
-    if component == "prototype":
-        return "float32" if model.ternary_scale == "none" else "ternary"
+    if component in _OF_EXPERTS:
+        return expert_precision(model, storage)
     if component == "router":
         return storage.router
-    if component in ("experts", "ffn", "projection"):
+    if component in ("ffn", "projection"):
         return storage.experts
     return storage.backbone if path.endswith("kernel") else "float32"
+
+
+def expert_precision(model: ModelConfig, storage: Storage) -> precision.Precision:
+    """Returns the format of the matrices of the experts, their own or prototypes; of a dense model's FFNs."""
+    if model.has_ternary_experts:
+        return "float32" if model.ternary_scale == "none" else "ternary"
+    return storage.experts
+
+
+def _scale_kind(component: Component, model: ModelConfig) -> ternary.ScaleKind:
+    """Returns which scales a matrix has if it is stored ternary: where training rounds it, those of training."""
+    if component in _OF_EXPERTS and model.has_ternary_experts and model.ternary_scale != "none":
+        return model.ternary_scale
+    return "row"
 
 
 def _matrices(path: str, component: Component, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, int]]:
@@ -196,8 +212,7 @@ def _encode(leaf: jax.Array, stored: StoredParam, model: ModelConfig, storage: S
     if stored.scale is None:
         return {stored.values.name: np.asarray(leaf, NUMPY_DTYPE[stored.values.dtype])}
     matrices = leaf.reshape(*stored.values.shape[:-1], *stored.matrix)
-    kind: Any = model.ternary_scale if stored.component == "prototype" else "row"
-    levels, scale = precision.levels(matrices, stored.encoding, kind)
+    levels, scale = precision.levels(matrices, stored.encoding, _scale_kind(stored.component, model))
     return {
         stored.values.name: precision.pack(levels, stored.encoding, storage.trits),
         stored.scale.name: np.asarray(scale, np.float32).reshape(stored.scale.shape),

@@ -129,7 +129,8 @@ class ResultRow:
 def expand(base: Mapping[str, Any], grid: Mapping[str, Any], workdir: Path) -> list[Trial]:
     """Lists the trials of a grid, each configuration once.
 
-    Combinations that mean the same model (a dense model at 4 and at 16 experts) are one trial. All configurations are
+    Combinations that mean the same model (a dense model at 4 and at 16 experts) are one trial. Where there are fewer
+    experts than `base` selects, all are selected, unless the grid says how many. All configurations are
     resolved before anything runs, so a bad one is reported at once.
 
     Args:
@@ -147,7 +148,7 @@ def expand(base: Mapping[str, Any], grid: Mapping[str, Any], workdir: Path) -> l
     trials: dict[str, Trial] = {}
     for values in itertools.product(*(values for _, values in axes)):
         chosen = dict(zip((name for name, _ in axes), values, strict=True))
-        config = resolve(_with_values(base, chosen))
+        config = resolve(_selecting_few(_with_values(base, chosen), chosen))
         digest = config.digest()
         trials.setdefault(digest, Trial(config, workdir / "trials" / digest, _settings(config, chosen)))
     # One seed of everything before the next: comparable early, and later seeds find their programs compiled.
@@ -175,6 +176,15 @@ def _with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
         require(field in place, f"grid.{name}", value, "of a field that the base has")
         place[field] = value
     return result
+
+
+def _selecting_few(raw: dict[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Lowers `top_k` to the number of experts if the grid varies that alone."""
+    experts = chosen.get("model.num_experts")
+    top_k = raw.get("model", {}).get("top_k")
+    if "model.top_k" not in chosen and isinstance(experts, int) and isinstance(top_k, int) and 1 <= experts < top_k:
+        raw["model"]["top_k"] = experts
+    return raw
 
 
 def _settings(config: Config, chosen: Mapping[str, Any]) -> str:

@@ -130,9 +130,9 @@ def lower(config: Config, placement: Placement, step: Step) -> jax.stages.Lowere
 
 def _batch_shapes(config: Config, placement: Placement) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Describes a batch on its devices: images, labels, weights."""
-    model, batch = config.model, config.batch_size
-    pixels = (batch, model.image_size, model.image_size, model.channels)
-    kinds = ((pixels, jnp.float32), ((batch,), jnp.int32), ((batch,), jnp.float32))
+    batch, size = config.batch_size, config.data.stored_size
+    pixels = (batch, size, size, config.data.channels)
+    kinds = ((pixels, jnp.uint8), ((batch,), jnp.int32), ((batch,), jnp.float32))
     return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=placement.batch) for shape, dtype in kinds)
 
 

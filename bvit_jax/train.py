@@ -6,7 +6,7 @@ A run lives in a directory of its own:
     checkpoints/     newest, best, every n-th          timing.jsonl     seconds, images per second, bytes on a device
     result.json      written when the run is complete  incidents.jsonl  interruptions, damage, steps left out
     damaged/         checkpoints found to be damaged   nonfinite/       reports of steps that were not finite
-    tensorboard/     the numbers as events
+    tensorboard/     the numbers as events             images.json      which prepared images it is of, if of any
 
 However often a run is interrupted, `metrics.jsonl`, `result.json` (but for its timing) and the arrays of the last and
 the best checkpoint are those of an uninterrupted one, to the bit, on the same devices and library versions.
@@ -49,9 +49,10 @@ from bvit_jax.sharding import Layout, Placement
 from bvit_jax.stepping import Stepper
 from bvit_jax.train_step import TrainState
 
+IMAGES_FILE = "images.json"
 OUTPUTS = (
     *("checkpoints", "damaged", "metrics.jsonl", "timing.jsonl", INCIDENTS_FILE),
-    *("nonfinite", "tensorboard", "result.json", "sweep.json"),
+    *("nonfinite", "tensorboard", "result.json", "sweep.json", IMAGES_FILE),
 )
 LOCK_PATIENCE_SECONDS = 5.0
 """A trial whose sweep was killed needs a moment to end."""
@@ -152,8 +153,16 @@ class _Run:
         self.notice = notice
         self.journal = journal
         self.stepper = Stepper(config, placement)
+        processes.on_first(self._claim_images)
         self.clock = timing.Clock(config.batch_size)
         self.skipped = 0
+
+    def _claim_images(self) -> None:
+        """Records which prepared images the run is of, or checks that they are the same as before."""
+        images = self.stepper.dataset
+        if images.digest:
+            identity = {"images": self.config.data.name, "digest": images.digest, "classes": list(images.class_names)}
+            workdirs.claim(self.workdir, IMAGES_FILE, identity, ())
 
     def to_the_end(self) -> dict[str, Any]:
         state, known = self._start()
@@ -265,8 +274,8 @@ class _Run:
         )
 
     def _evaluate_step(self, state: TrainState, step: int, log: metrics.RunLog) -> None:
-        found = self._evaluate(state.params, self.stepper.dataset.validation)
-        ternary = evaluate.ternary_statistics(state.params, self.config.model)
+        found = self._evaluate(state.evaluated, self.stepper.dataset.validation)
+        ternary = evaluate.ternary_statistics(state.evaluated, self.config.model)
         log.metrics(step, "validation", found.to_dict() | ({"ternary": ternary} if ternary else {}))
         self.journal.say(f"step {step:>6}  validation accuracy {found.accuracy:.4f}  nll {found.nll:.4f}")
         for warning in sentinels.expert_warnings(found.load_MxE):
@@ -283,20 +292,20 @@ class _Run:
             jax.tree.map(lambda leaf: leaf.delete(), state)  # two states may be more than a device holds
             writer.wait()
             state = self._best_state(best, log.text, writer)
-        found = self._evaluate(state.params, self.stepper.dataset.test)
+        found = self._evaluate(state.evaluated, self.stepper.dataset.test)
         result = {
             "config_digest": config.digest(),
             "seed": config.seed,
             "steps": config.total_steps,
             "best_step": best["step"],
-            "params_digest": digests.combined(digests.of_tree(bundles.bundle(state.params))),
+            "params_digest": digests.combined(digests.of_tree(bundles.bundle(state.evaluated))),
             "test_accuracy": found.accuracy,
             "test_nll": found.nll,
             "validation_accuracy": best["accuracy"],
             "validation_nll": best["nll"],
             "params": memory.count_params(state.params),
             "test": found.to_dict(),
-            "ternary": evaluate.ternary_statistics(state.params, config.model),
+            "ternary": evaluate.ternary_statistics(state.evaluated, config.model),
             "warnings": sentinels.expert_warnings(found.load_MxE),
             "skipped_steps": self.skipped,
             "memory": state_bytes,
@@ -322,7 +331,7 @@ class _Run:
         for number in range(int(state.step), step):
             state, _ = self.stepper.take(state, number)
             self._stop_if_told()
-        found_again = self._evaluate(state.params, self.stepper.dataset.validation)
+        found_again = self._evaluate(state.evaluated, self.stepper.dataset.validation)
         if (found_again.accuracy, found_again.nll) != (best["accuracy"], best["nll"]):
             again = f"nll {found_again.nll} instead of {best['nll']}: other devices or versions?"
             self.journal.warn("remade", step, f"step {step} made again is not quite as it was: {again}")
@@ -335,7 +344,7 @@ class _Run:
         files.write_json(self.workdir / "result.json", result)
         return result
 
-    def _evaluate(self, params: Any, split: data.Split) -> evaluate.Evaluation:
+    def _evaluate(self, params: Any, split: data.AnySplit) -> evaluate.Evaluation:
         config = self.config
         return evaluate.evaluate(params, config.model, split, config.batch_size, self.placement, self._stop_if_told)
 

@@ -1,10 +1,11 @@
 """One training step and one evaluation step: pure functions, compiled once for each model and placement.
 
-Axes: B batch, H and W pixels, c channels, C classes, M mixture layers, E experts.
+Axes: B batch, H and W pixels, S pixels a side as stored, c channels, C classes, M mixture layers, E experts.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bvit_jax import augment, losses, sentinels, vit
+from bvit_jax import augment, losses, mixing, pixels, sentinels, vit
 from bvit_jax.config import Config, LossConfig
 from bvit_jax.model_config import ModelConfig
-from bvit_jax.optimizer import learning_rate, make_optimizer
+from bvit_jax.optimizer import averaged, learning_rate, make_optimizer
 from bvit_jax.routing import RouterReport
 from bvit_jax.sharding import Placement
 
@@ -29,14 +30,21 @@ class TrainState:
     Attributes:
         step: int32 (), steps done.
         params: as `vit.init_params`.
+        average: moving average of `params`, in the same structure; None if the configuration wants none.
         opt_state: optax's.
-        sentinel: steps that were not finite; they leave `params` and `opt_state` as they were.
+        sentinel: steps that were not finite; they leave all of these as they were.
     """
 
     step: jax.Array
     params: Any
+    average: Any
     opt_state: Any
     sentinel: sentinels.Sentinel
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that are evaluated and exported: their average if there is one."""
+        return self.params if self.average is None else self.average
 
 
 @struct.dataclass
@@ -76,7 +84,8 @@ def abstract_state(state: TrainState, shardings: Any) -> TrainState:
 
 def _first_state(config: Config, params: Any) -> TrainState:
     opt_state = make_optimizer(config.optimizer, config.total_steps).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, sentinels.initial(params))
+    average = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, average, opt_state, sentinels.initial(params))
 
 
 def make_init_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
@@ -104,19 +113,26 @@ def state_shardings(config: Config, placement: Placement) -> Any:
         placement.moments(axes, shapes.params),
         transform_non_params=lambda _: placement.replicated,
     )
+    params = placement.params(axes, shapes.params)
     return shapes.replace(
         step=placement.replicated,
-        params=placement.params(axes, shapes.params),
+        params=params,
+        average=None if shapes.average is None else params,
         opt_state=opt_state,
         sentinel=jax.tree.map(lambda _: placement.replicated, shapes.sentinel),
     )
 
 
 def total_loss(
-    config: LossConfig, logits_BxC: jax.Array, labels_B: jax.Array, report: RouterReport | None
+    config: LossConfig,
+    logits_BxC: jax.Array,
+    labels_B: jax.Array,
+    report: RouterReport | None,
+    mixed: mixing.Mixed | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Forms the training loss, the one place where losses are weighted; also returns its unweighted parts."""
-    parts = {"cross_entropy": losses.cross_entropy(logits_BxC, labels_B, config.label_smoothing).mean()}
+    entropy_of = functools.partial(losses.cross_entropy, logits_BxC, label_smoothing=config.label_smoothing)
+    parts = {"cross_entropy": _of_mixed(entropy_of, labels_B, mixed).mean()}
     total = parts["cross_entropy"]
     if report is not None:
         for name in ("load_balance", "router_z", "smoothness"):
@@ -125,9 +141,16 @@ def total_loss(
     return total, parts
 
 
+def _of_mixed(value_of: Callable[[jax.Array], jax.Array], labels_B: jax.Array, mixed: mixing.Mixed | None) -> jax.Array:
+    """Returns a value of labels, (B,), where images are mixed that of both labels by their shares."""
+    own_B = value_of(labels_B)
+    return own_B if mixed is None else mixed.share * own_B + (1 - mixed.share) * value_of(mixed.labels_B)
+
+
 def make_train_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
     """Compiles (state, key, images, labels) -> (state, metrics); the state passed in is donated.
 
+    Images are uint8 (B, S, S, c), of `stored_size` pixels a side, as `batches.Batch` has them.
     `key` is the run's (from its seed) and the same at every step: all randomness comes of folding the step into it.
     Runs that differ in nothing but the seed share one compiled program.
     """
@@ -140,44 +163,88 @@ def _make_train_step(config: Config, placement: Placement) -> jax.stages.Wrapped
     schedule = learning_rate(config.optimizer, config.total_steps)
 
     def step(
-        state: TrainState, key: jax.Array, images_BxHxWxc: jax.Array, labels_B: jax.Array
+        state: TrainState, key: jax.Array, images_BxSxSxc: jax.Array, labels_B: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        augment_key, router_key = jax.random.split(jax.random.fold_in(key, state.step))
-        images_BxHxWxc = augment.augment(augment_key, images_BxHxWxc, config.data)
+        image_key, train_key = step_keys(key, state.step)
+        images_BxHxWxc, mixed = as_seen(config, placement, image_key, images_BxSxSxc, labels_B)
 
         def loss_of(params: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
             with placement.active():
-                logits_BxC, report = vit.apply(config.model, params, images_BxHxWxc, router_key=router_key)
-            total, parts = total_loss(config.loss, logits_BxC, labels_B, report)
+                logits_BxC, report = vit.apply(config.model, params, images_BxHxWxc, train_key=train_key)
+            total, parts = total_loss(config.loss, logits_BxC, labels_B, report, mixed)
             return total, (parts, logits_BxC)
 
         (loss, (parts, logits_BxC)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         squared_norms = sentinels.squared_norms(gradients)
         sentinel, taken = sentinels.watch(state.sentinel, state.step + 1, loss, squared_norms, config.max_skipped_steps)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        moved = (optax.apply_updates(state.params, updates), opt_state)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(taken, new, old), moved, (state.params, state.opt_state)
+        params, average = optax.apply_updates(state.params, updates), state.average
+        taken_before = state.step - state.sentinel.skipped
+        if average is not None:
+            average = averaged(average, params, config.optimizer.ema_decay, taken_before)
+        before = (state.params, state.average, state.opt_state)
+        params, average, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(taken, new, old), (params, average, opt_state), before
         )
+        best_B = logits_BxC.argmax(axis=-1)
         metrics = {
             "loss": loss,
             **parts,
-            "accuracy": (logits_BxC.argmax(axis=-1) == labels_B).mean(dtype=jnp.float32),
+            "accuracy": _of_mixed(lambda y_B: (best_B == y_B).astype(jnp.float32), labels_B, mixed).mean(),
             "grad_norm": jnp.sqrt(sum(squared_norms.values())),
-            "learning_rate": schedule(state.step - state.sentinel.skipped),
+            "learning_rate": schedule(taken_before),
         }
-        return TrainState(state.step + 1, params, opt_state, sentinel), metrics
+        return TrainState(state.step + 1, params, average, opt_state, sentinel), metrics
 
     whole, split, state_place = placement.replicated, placement.batch, state_shardings(config, placement)
     places = (state_place, whole, split, split)
     return jax.jit(step, in_shardings=places, out_shardings=(state_place, whole), donate_argnums=0)
 
 
+def step_keys(key: jax.Array, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Returns the keys of a step's images and of the model in training, from that of the run and the steps done."""
+    image_key, train_key = jax.random.split(jax.random.fold_in(key, step))
+    return image_key, train_key
+
+
+def as_seen(
+    config: Config, placement: Placement, key: jax.Array, images_BxSxSxc: jax.Array, labels_B: jax.Array
+) -> tuple[jax.Array, mixing.Mixed | None]:
+    """Makes of a batch what the model is trained on: augmented, each device's images where they are, and mixed.
+
+    Args:
+        config: of the run.
+        placement: of the batch.
+        key: of the step's images (`step_keys`).
+        images_BxSxSxc: uint8, as stored.
+        labels_B: int32.
+
+    Returns:
+        Images, float32 (B, H, W, c), 0 to 1 but for noise, and what was mixed in; None if nothing was.
+    """
+    augment_key, mix_key = jax.random.split(key)
+
+    def on_device(keys_b: jax.Array, images_bxSxSxc: jax.Array) -> jax.Array:
+        return augment.augment(keys_b, pixels.to_unit(images_bxSxSxc), config.data.image_size, config.augment)
+
+    # A key for each place in the batch: what becomes of an image does not depend on the devices.
+    keys_B = jax.random.split(augment_key, len(images_BxSxSxc))
+    by_shard = on_device
+    if placement.mesh.size > 1:
+        rows = placement.batch.spec
+        by_shard = jax.shard_map(on_device, mesh=placement.mesh, in_specs=(rows, rows), out_specs=rows, check_vma=False)
+    return mixing.mix(mix_key, by_shard(keys_B, images_BxSxSxc), labels_B, config.augment)
+
+
 @functools.lru_cache(maxsize=4)
 def make_eval_step(config: ModelConfig, placement: Placement) -> jax.stages.Wrapped:
-    """Compiles (params, images, labels, weights) -> sums over the images of weight 1, `EvalSums`."""
+    """Compiles (params, images, labels, weights) -> sums over the images of weight 1, `EvalSums`.
 
-    def step(params: Any, images_BxHxWxc: jax.Array, labels_B: jax.Array, weights_B: jax.Array) -> EvalSums:
+    Images are uint8 (B, S, S, c), of which the model sees the middle.
+    """
+
+    def step(params: Any, images_BxSxSxc: jax.Array, labels_B: jax.Array, weights_B: jax.Array) -> EvalSums:
+        images_BxHxWxc = pixels.centre(images_BxSxSxc, config.image_size)
         with placement.active():
             logits_BxC, report = vit.apply(config, params, images_BxHxWxc, weight_B=weights_B)
         count = weights_B.sum()

@@ -15,7 +15,7 @@ def best_params(workdir: Path) -> tuple[Config, int, Any]:
     """Reads the best checkpoint of a run onto the first device; nothing is changed, even while the run goes on.
 
     Returns:
-        The run's configuration, the step of the checkpoint, and the parameters.
+        The run's configuration, the step of the checkpoint, and the parameters, averaged if the run averages them.
 
     Raises:
         ConfigError: if the directory is no run's, holds no checkpoint, one of another configuration, or a damaged one.
@@ -32,7 +32,7 @@ def best_params(workdir: Path) -> tuple[Config, int, Any]:
     while True:
         directory, step = workdir / checkpoints.DIRECTORY, _best_step(workdir, name)
         try:
-            return config, step, checkpoints.restore(directory, step, config, abstract)[0].params
+            return config, step, checkpoints.restore(directory, step, config, abstract)[0].evaluated
         except (checkpoints.DamagedError, ConfigError) as error:
             if (directory / str(step)).exists():
                 if isinstance(error, ConfigError):

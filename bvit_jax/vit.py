@@ -5,8 +5,10 @@ C classes, M mixture layers.
 
 References:
     Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929 (pre-norm blocks, class token).
+    Huang et al., "Deep Networks with Stochastic Depth", arXiv 1603.09382 (shares that rise evenly with depth).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bvit_jax import moe, sharding
+from bvit_jax import moe, pixels, sharding
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.routing import RouterReport
 
@@ -25,6 +27,7 @@ Segment = tuple[tuple[bool, ...], int]
 FFN_OF_FAMILY: dict[str, type[moe.DenseMlp | moe.StandardMoe | moe.ButterflyMoe]] = {
     "dense": moe.DenseMlp,
     "standard": moe.StandardMoe,
+    "ternary": moe.StandardMoe,
     "butterfly": moe.ButterflyMoe,
 }
 
@@ -55,30 +58,46 @@ def layer_segments(is_moe: tuple[bool, ...]) -> tuple[Segment, ...]:
 
 
 class Block(nn.Module):
-    """One pre-norm Transformer layer: x + attention(norm(x)), then x + ffn(norm(x))."""
+    """One pre-norm Transformer layer: x + attention(norm(x)), then x + ffn(norm(x)).
+
+    In training `skip` is the share of the images for which an addition is left out, each drawn for itself; the others
+    are scaled up to make good for it (stochastic depth).
+    """
 
     config: ModelConfig
     is_moe: bool
     train: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, weight_B: jax.Array | None) -> tuple[jax.Array, RouterReport | None]:
+    def __call__(
+        self, x_BxTxD: jax.Array, weight_B: jax.Array | None, skip: jax.Array | None
+    ) -> tuple[jax.Array, RouterReport | None]:
         c = self.config
         x_BxTxD = sharding.constrain(x_BxTxD, "batch", "tokens", "embed")
         attention = nn.MultiHeadDotProductAttention(
             c.num_heads,
             dtype=c.compute_dtype,
+            dropout_rate=c.attention_dropout,
+            broadcast_dropout=False,
+            deterministic=not self.train,
             kernel_init=sharding.named(_kernel_init, "embed", "heads", "head_dim"),
             bias_init=sharding.named(_zeros, "heads", "head_dim"),
             out_kernel_init=sharding.named(_kernel_init, "heads", "head_dim", "embed"),
             out_bias_init=sharding.named(_zeros, "embed"),
             name="attention",
         )
-        x_BxTxD = x_BxTxD + attention(nn.LayerNorm(dtype=c.compute_dtype, name="attention_norm")(x_BxTxD))
+        attended_BxTxD = attention(nn.LayerNorm(dtype=c.compute_dtype, name="attention_norm")(x_BxTxD))
+        x_BxTxD = x_BxTxD + self._kept(attended_BxTxD, skip)
         ffn = FFN_OF_FAMILY[c.family if self.is_moe else "dense"](c, name="ffn")
         normed_BxTxD = nn.LayerNorm(dtype=c.compute_dtype, name="ffn_norm")(x_BxTxD)
         y_BxTxD, report = ffn(normed_BxTxD, train=self.train, weight_B=weight_B)
-        return x_BxTxD + y_BxTxD, report
+        return x_BxTxD + self._kept(y_BxTxD, skip), report
+
+    def _kept(self, y_BxTxD: jax.Array, skip: jax.Array | None) -> jax.Array:
+        if skip is None:
+            return y_BxTxD
+        kept_B = jax.random.bernoulli(self.make_rng("depth"), 1 - skip, y_BxTxD.shape[:1])
+        return y_BxTxD * (kept_B.astype(jnp.float32) / (1 - skip)).astype(y_BxTxD.dtype)[:, None, None]
 
 
 class Pattern(nn.Module):
@@ -89,11 +108,13 @@ class Pattern(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, weight_B: jax.Array | None) -> tuple[jax.Array, list[RouterReport]]:
+    def __call__(
+        self, x_BxTxD: jax.Array, weight_B: jax.Array | None, skips: jax.Array | None
+    ) -> tuple[jax.Array, list[RouterReport]]:
         reports = []
         for index, is_moe in enumerate(self.is_moe):
             block = Block(self.config, is_moe, self.train, name=f"block_{index}")
-            x_BxTxD, report = block(x_BxTxD, weight_B)
+            x_BxTxD, report = block(x_BxTxD, weight_B, None if skips is None else skips[index])
             if report is not None:
                 reports.append(report)
         return x_BxTxD, reports
@@ -118,8 +139,9 @@ class Vit(nn.Module):
         """Classifies images.
 
         Args:
-            images_BxHxWxc: floating, pixels from 0 to 1, (B, image_size, image_size, channels).
-            train: whether the router's noise is on; it needs the random stream `router`.
+            images_BxHxWxc: (B, image_size, image_size, channels), floating from 0 to 1, or uint8 from 0 to 255.
+            train: whether the router's noise, attention dropout and stochastic depth are on; those that the
+                configuration has need the random streams `router`, `dropout` and `depth`.
             weight_B: 1 for images that count in the report, 0 for padding; all count if left out.
 
         Returns:
@@ -133,20 +155,25 @@ class Vit(nn.Module):
         expected = (c.image_size, c.image_size, c.channels)
         if images_BxHxWxc.shape[1:] != expected:
             raise ValueError(f"images have shape {images_BxHxWxc.shape}; this model needs (batch, {str(expected)[1:]}")
-        x_BxTxD = self._embed((2 * images_BxHxWxc - 1).astype(c.compute_dtype))
+        x_BxTxD = self._embed((2 * pixels.to_unit(images_BxHxWxc) - 1).astype(c.compute_dtype))
         reports: list[RouterReport] = []
+        skips_L = jnp.linspace(0, c.stochastic_depth, c.num_layers) if train and c.stochastic_depth > 0 else None
+        first = 0
         for index, (pattern, repeats) in enumerate(layer_segments(c.is_moe_by_layer)):
             name = f"segment_{index}"
             scanned = nn.scan(
                 _unpacking(name, self.unpack),
                 variable_axes={"params": 0},
-                split_rngs={"params": True, "router": True},
-                in_axes=nn.broadcast,
+                split_rngs={"params": True, "router": True, "dropout": True, "depth": True},
+                in_axes=(nn.broadcast, 0),
                 length=repeats,
                 metadata_params={nn.PARTITION_NAME: "layers"},
                 unroll=repeats if repeats <= 2 else 1,  # a loop of two costs more than it saves
             )
-            x_BxTxD, stacked = scanned(c, pattern, train, name=name)(x_BxTxD, weight_B)
+            layers = len(pattern) * repeats
+            skips = None if skips_L is None else skips_L[first : first + layers].reshape(repeats, len(pattern))
+            first += layers
+            x_BxTxD, stacked = scanned(c, pattern, train, name=name)(x_BxTxD, weight_B, skips)
             if stacked:
                 reports.append(_in_layer_order(stacked))
         x_BxD = nn.LayerNorm(dtype=c.compute_dtype, name="final_norm")(x_BxTxD[:, 0])
@@ -186,8 +213,28 @@ def param_axes(config: ModelConfig) -> Params:
     return nn.get_partition_spec(_shapes_with_axes(config))
 
 
-@functools.lru_cache(maxsize=16)
 def _shapes_with_axes(config: ModelConfig) -> Params:
+    """Describes the parameters: those of the fewest experts that will do, as many times as there are experts."""
+
+    def multiplied(leaf: Any) -> Any:
+        if not isinstance(leaf, nn.Partitioned):
+            return leaf
+        shape = [
+            config.num_experts if name in _OF_EXPERTS else n
+            for name, n in zip(leaf.names, leaf.value.shape, strict=True)
+        ]
+        return leaf.replace(value=jax.ShapeDtypeStruct(shape, leaf.value.dtype))
+
+    few = _traced_shapes(dataclasses.replace(config, num_experts=config.top_k))
+    return jax.tree.map(multiplied, few, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+_OF_EXPERTS = ("experts", "routes", "rotations")
+"""Logical axes that are as long as there are experts."""
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_shapes(config: ModelConfig) -> Params:
     """Traces the model, which takes a second, once."""
     return jax.eval_shape(lambda: _init_with_axes(config, jax.random.key(0)))
 
@@ -202,16 +249,17 @@ def apply(
     params: Params,
     images_BxHxWxc: jax.Array,
     *,
-    router_key: jax.Array | None = None,
+    train_key: jax.Array | None = None,
     weight_B: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterReport | None]:
-    """Runs a model as `Vit.__call__`, in training mode if `router_key` (for the router's noise) is given."""
+    """Runs a model as `Vit.__call__`, in training mode if `train_key`, for all that is random in it, is given."""
+    streams = ("router", "dropout", "depth")
     outputs: Any = Vit(config).apply(
         {"params": params},
         images_BxHxWxc,
-        train=router_key is not None,
+        train=train_key is not None,
         weight_B=weight_B,
-        rngs=None if router_key is None else {"router": router_key},
+        rngs=None if train_key is None else {name: jax.random.fold_in(train_key, i) for i, name in enumerate(streams)},
     )
     return outputs
 

@@ -39,9 +39,23 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict(
         {
             "name": "digits",
+        }
+    )
+    config.augment = ml_collections.ConfigDict(
+        {
+            "crop": "shift",
             "max_shift": 1,
             "shift_probability": 0.25,
+            "min_area": 1.0,
+            "flip_probability": 0.0,
+            "randaugment_ops": 0,
+            "randaugment_magnitude": 0.0,
+            "randaugment_deviation": 0.0,
+            "randaugment_probability": 0.0,
+            "erase_probability": 0.0,
             "noise": 0.05,
+            "mixup": 0.0,
+            "cutmix": 0.0,
         }
     )
     config.model = ml_collections.ConfigDict(
@@ -59,6 +73,8 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "router_precision": "float32",
             "angle_init": 0.1,
             "router_noise": 0.0,
+            "attention_dropout": 0.0,
+            "stochastic_depth": 0.0,
             "dispatch": "auto",
             "compute_dtype": "float32",
             # Each of these replaces the variant's own where it is set.
@@ -71,9 +87,11 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     config.optimizer = ml_collections.ConfigDict(
         {
             "learning_rate": 3e-3,
+            "final_learning_rate": 0.0,
             "warmup_steps": 100,
             "weight_decay": 0.1,
             "clip_norm": 1.0,
+            "ema_decay": 0.0,
             "prototype_multiplier": 3.0,
             "angle_multiplier": 1.0,
             "router_multiplier": 1.0,

@@ -27,9 +27,6 @@ def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict
     config.data = ml_collections.ConfigDict(
         {
             "name": "procedural",
-            "max_shift": 4,
-            "shift_probability": 1.0,
-            "noise": 0.0,
             "image_size": 32,
             "channels": 3,
             "num_classes": 100,
@@ -39,6 +36,9 @@ def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict
             "seed": 0,
         }
     )
+    config.augment.max_shift = 4
+    config.augment.shift_probability = 1.0
+    config.augment.noise = 0.0
     config.model.variant = "paper"
     config.model.family = family
     config.model.num_experts = experts

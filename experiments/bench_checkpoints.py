@@ -17,11 +17,12 @@ from tqdm import tqdm
 from bvit_jax import bench_checkpoints, bench_report, config, files
 from bvit_jax.bench_checkpoints import COLUMNS
 from bvit_jax.model_config import require
-from experiments import entry, tables
+from experiments import data_flags, entry, tables
 
 __doc__ = "\n\n".join([str(__doc__), "Columns:", *[f"{name}: {meaning}." for name, meaning in COLUMNS.items()]])
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/digits.py.")
+flags.adopt_module_key_flags(data_flags)
 _REPEATS = flags.DEFINE_integer("repeats", 20, "Times that all is timed.")
 _OUT = flags.DEFINE_string("out", None, "The directory to write to; made if absent.")
 
@@ -29,6 +30,7 @@ _OUT = flags.DEFINE_string("out", None, "The directory to write to; made if abse
 def main(argv: Sequence[str]) -> None:
     """Times, writes the row and prints it as a table."""
     del argv
+    data_flags.apply()
     resolved = config.resolve(entry.read_config(_CONFIG))
     require(_REPEATS.value >= 1, "repeats", _REPEATS.value, "at least 1")
     out = entry.make_directory("out", str(_OUT.value))
@@ -37,14 +39,7 @@ def main(argv: Sequence[str]) -> None:
         figures = bench_checkpoints.measure(resolved, out, _REPEATS.value, bar.update)
     files.write_rows(out / "checkpoint_cost.csv", [{"run": resolved.digest(), **where, **figures}])
     print(f"run {resolved.digest()} on {bench_report.describe(where)}")
-    made = tables.table("", "")
-    made.show_header = False
-    made.columns[-1].justify = "left"
-    for name, meaning in COLUMNS.items():
-        made.add_row(
-            name, f"{figures[name]:,.4g}" if isinstance(figures[name], float) else f"{figures[name]:,}", meaning
-        )
-    tables.show(made)
+    tables.show_figures(figures, COLUMNS)
     print(f"report: checkpoint_cost.csv, checkpoint_cost.json in {out}")
 
 

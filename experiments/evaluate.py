@@ -21,11 +21,12 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from bvit_jax import data, evaluate, files, memory, packed, packed_file, packing, sharding, trained
-from bvit_jax.config import Config, DataConfig
+from bvit_jax import data, evaluate, files, memory, packed, packed_file, packing, pixels, sharding, trained
+from bvit_jax.config import Config
+from bvit_jax.data_config import DataConfig
 from bvit_jax.model_config import ConfigError, require
 from bvit_jax.storage import Storage
-from experiments import entry, storage_flags, tables
+from experiments import data_flags, entry, storage_flags, tables
 
 SPLITS = ("test", "validation", "train")
 _MODEL = flags.DEFINE_string("model", None, "A packed file, as experiments.export writes it.")
@@ -37,6 +38,7 @@ _WITHOUT_ROTATIONS = flags.DEFINE_bool(
     "without_rotations", False, "Score the runs with every angle 0 as well: what the rotations give."
 )
 flags.adopt_module_key_flags(storage_flags)
+flags.adopt_module_key_flags(data_flags)
 _OUT = flags.DEFINE_string("out", None, "A directory for evaluation.csv and evaluation.json.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
@@ -65,6 +67,7 @@ class Scored:
 def main(argv: Sequence[str]) -> None:
     """Scores what the flags name and prints a line each."""
     del argv
+    data_flags.apply()
     runs = list(dict.fromkeys(name for name in _WORKDIR.value if name))
     require(bool(_MODEL.value) != bool(runs), "model, workdir", (_MODEL.value, runs), "given, exactly one of them")
     bits = [_bits(text) for text in _ANGLE_BITS.value]
@@ -118,7 +121,7 @@ def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) 
 
 
 @functools.cache
-def _split(config: DataConfig) -> data.Split:
+def _split(config: DataConfig) -> data.AnySplit:
     return getattr(data.load(config), _SPLIT.value)
 
 
@@ -129,14 +132,18 @@ def _packed(config: Config, params: Any, storage: Storage) -> packed.PackedModel
         raise ConfigError(str(error)) from None
 
 
-def _score(model: packed.PackedModel, source: str, split: data.Split) -> Scored:
-    found = evaluate.from_logits(model(split.images, _BATCH_SIZE.value), split.labels)
-    numbers = storage_flags.describe(model.storage, model.config.model.family)
+def _score(model: packed.PackedModel, source: str, split: data.AnySplit) -> Scored:
+    size, side = _BATCH_SIZE.value, model.config.model.image_size
+    batches = data.eval_batches(split, size, np.arange(size))
+    parts = [(model(pixels.centre(batch.images, side), size), batch.labels, batch.weights > 0) for batch in batches]
+    logits, labels, real = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    found = evaluate.from_logits(logits[real], labels[real])
+    numbers = storage_flags.describe(model.storage, model.config.model)
     sizes = model.ledger
     return Scored(source, numbers, sizes.bytes_full, sizes.bytes_full_ffn, found.accuracy, found.nll, found.count)
 
 
-def _trained(source: str, config: Config, params: Any, split: data.Split) -> Scored:
+def _trained(source: str, config: Config, params: Any, split: data.AnySplit) -> Scored:
     """Scores a run by the forward pass that it was trained with."""
     placement = sharding.place(config.model, _BATCH_SIZE.value, devices=jax.devices()[:1])
     found = evaluate.evaluate(params, config.model, split, _BATCH_SIZE.value, placement)

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         f"mixture layers {standard.bytes_full_ffn / ledger.bytes_full_ffn:.1f}x, "
         f"whole file {standard.bytes_full / ledger.bytes_full:.1f}x"
     )
-    print(f"checkpoint of step {step}; {storage_flags.describe(chosen, config.model.family)}")
+    print(f"checkpoint of step {step}; {storage_flags.describe(chosen, config.model)}")
     print(f"logits of the file against the trained model so rounded, {CHECK_IMAGES} images: within {difference:.1e}")
     print(f"written: {out}, {out.stat().st_size:,} bytes, SHA-256 {loaded.digest[:16]}...")
 

@@ -1,4 +1,4 @@
-"""Counts the bytes of a model's file against its number of experts: dense, standard and butterfly, in all formats.
+"""Counts the bytes of a model's file against its number of experts: every family and form, in all formats.
 
     python -m experiments.memory --config=configs/paper.py --experts=1,2,4,8,16,32,64 --out=runs/memory
 

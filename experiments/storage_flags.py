@@ -7,7 +7,7 @@ from absl import flags
 
 from bvit_jax import precision
 from bvit_jax.model_config import ModelConfig
-from bvit_jax.storage import BackbonePrecision, Storage
+from bvit_jax.storage import BackbonePrecision, Storage, expert_precision
 
 
 def _define(name: str, of: str, choices: Any, default: str) -> flags.FlagHolder[str | None]:
@@ -43,10 +43,12 @@ def given(model: ModelConfig) -> Storage:
     return dataclasses.replace(Storage(router=model.router_precision), **values)
 
 
-def describe(storage: Storage, family: str) -> str:
-    """Says in a few words how a model of this family is stored; most defaults go unsaid."""
-    parts = [f"{storage.angle_bits}-bit angles" if family == "butterfly" else f"experts {storage.experts}"]
-    parts += [f"router {storage.router}"] if family != "dense" else []
-    parts += [f"dense matrices {storage.experts}"] if family == "butterfly" and storage.experts != "float32" else []
+def describe(storage: Storage, model: ModelConfig) -> str:
+    """Says in a few words how a model is stored; most defaults go unsaid."""
+    rotates = model.family == "butterfly"
+    parts = [f"{storage.angle_bits}-bit angles" if rotates else f"experts {expert_precision(model, storage)}"]
+    parts += [f"router {storage.router}"] if model.family != "dense" else []
+    aside = model.has_ternary_experts and storage.experts != "float32"
+    parts += [f"dense matrices {storage.experts}"] if aside else []
     parts += [f"backbone {storage.backbone}"] if storage.backbone != "float32" else []
     return ", ".join(parts + (["2 bits a trit"] if storage.trits != "base3" else []))

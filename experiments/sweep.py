@@ -22,15 +22,16 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from bvit_jax import config, executor, failures, files, memory_report, plots, preemption, sharding, storage, sweep
+from bvit_jax import config, data, executor, failures, files, memory_report, plots, preemption, sharding, storage, sweep
 from bvit_jax import workdir as workdirs
 from bvit_jax.failures import Failures
 from bvit_jax.model_config import require
-from experiments import entry, tables
+from experiments import data_flags, entry, tables
 
 _DEFAULT_CONFIG = str(Path(__file__).parent.parent / "configs" / "sweep_digits.py")
 _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT_CONFIG, "The sweep: base, grid and memory_base.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's directory; runs/NAME_OF_CONFIG if left out.")
+flags.adopt_module_key_flags(data_flags)
 _JOBS = flags.DEFINE_integer("jobs", 0, "Trials at a time; 0: one per core on CPUs (8 at most), one on accelerators.")
 _RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run again the trials that failed in an earlier call.")
 
@@ -45,6 +46,7 @@ SHOWN_ANGLES = ("32-bit", "8-bit")
 def main(argv: Sequence[str]) -> None:
     """Runs what is unfinished of a sweep and writes its tables and pictures."""
     del argv
+    data_flags.apply()
     jax.config.update("jax_platforms", "cpu")  # to count shapes; an accelerator is for the trials
     require(_JOBS.value >= 0, "jobs", _JOBS.value, "0 or more")
     raw = entry.read_config(_CONFIG)
@@ -59,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
     for trial in trials:
         model, batch_size = trial.config.model, trial.config.batch_size
         sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
+    for images in {trial.config.data for trial in trials}:
+        data.check(images)
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
     with preemption.watch() as notice, workdirs.locked(workdir, LOCK_PATIENCE_SECONDS) as dead:
         if dead is not None:

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -52,3 +52,14 @@ def megabytes(number: float) -> str:
     """Formats bytes as decimal MB to four figures, two decimals at most for large ones."""
     figure = number / 1e6
     return f"{figure:.2f}" if figure >= 100 else f"{figure:.3f}"
+
+
+def show_figures(figures: Mapping[str, float], columns: Mapping[str, str]) -> None:
+    """Prints figures, a line each with what it is."""
+    made = table("", "")
+    made.show_header = False
+    made.columns[-1].justify = "left"
+    for name, meaning in columns.items():
+        value = figures[name]
+        made.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", meaning)
+    show(made)

@@ -24,10 +24,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from bvit_jax import config, peers, processes, train
-from experiments import entry, mesh_flags
+from experiments import data_flags, entry, mesh_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/digits.py:standard,16.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's directory; made if absent, taken up again if not.")
+flags.adopt_module_key_flags(data_flags)
 flags.adopt_module_key_flags(mesh_flags)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes in all; with --coordinator.")
@@ -37,6 +38,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, 
 def main(argv: Sequence[str]) -> None:
     """Trains, and prints the gist of `result.json`."""
     del argv
+    data_flags.apply()
     resolved = config.resolve(entry.read_config(_CONFIG))
     workdir, layout = Path(str(_WORKDIR.value)), mesh_flags.layout()
     processes.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

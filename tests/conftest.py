@@ -38,6 +38,7 @@ _STRICT = (
 KINDS = [
     ("dense", "separate"),
     ("standard", "separate"),
+    ("ternary", "separate"),
     ("butterfly", "separate"),
     ("butterfly", "tied"),
     ("butterfly", "reference"),

@@ -192,6 +192,14 @@ def test_a_butterfly_cannot_be_made_of_another_family():
     assert len(compile_report.cases(make_config("standard,4"), ["v5e:2x2"], ["standard", "dense"], [4])) == 4
 
 
+def test_a_ternary_mixture_is_one_of_the_families():
+    found = compile_report.cases(make_config("butterfly,4"), ["v5e:2x2"], ["ternary"], [4, 8])
+    kinds = [("ternary", "-", number, step) for number in (4, 8) for step in STEPS]
+    assert [(c.family, c.form, c.num_experts, c.step) for c in found] == kinds
+    with pytest.raises(ConfigError, match="model.family = 'standard': it must be ternary or butterfly"):
+        compile_report.cases(make_config("standard,4"), ["v5e:2x2"], ["ternary"], [4])
+
+
 def test_cells_by_hand():
     case = Case("v5e:2x2", 4, "standard", "-", 8, "train")
     found = compile_report.cells(Row(case, FITS))

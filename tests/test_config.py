@@ -5,25 +5,23 @@ import importlib
 import json
 import pkgutil
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import configs
-from bvit_jax.config import Config, DataConfig, LossConfig, OptimizerConfig, from_dict, resolve
-from bvit_jax.model_config import ConfigError, ModelConfig
-from configs import digits, paper
+from bvit_jax.config import Config, LossConfig, OptimizerConfig, from_dict, resolve
+from bvit_jax.data_config import AugmentConfig, DataConfig
+from bvit_jax.model_config import ConfigError, Family, ModelConfig
+from configs import cifar10, cifar100, digits, paper
 from tests.conftest import make_config
 
 RUN_CONFIGS = [module.name for module in pkgutil.iter_modules(configs.__path__) if not module.name.startswith("sweep")]
 
 PROCEDURAL = {
     "name": "procedural",
-    "max_shift": 1,
-    "shift_probability": 0.5,
-    "noise": 0.1,
     "image_size": 8,
     "channels": 3,
     "num_classes": 5,
@@ -47,8 +45,19 @@ OTHER: dict[str, Any] = {
         for name, value in PROCEDURAL.items()
         if isinstance(value, int) and name != "image_size"
     },
-    "data.shift_probability": 1.0,
-    "data.noise": 0.123,
+    "augment.crop": "resized",
+    "augment.max_shift": 2,
+    "augment.shift_probability": 1.0,
+    "augment.min_area": 0.5,
+    "augment.flip_probability": 0.123,
+    "augment.randaugment_ops": 1,
+    "augment.randaugment_magnitude": 0.123,
+    "augment.randaugment_deviation": 0.123,
+    "augment.randaugment_probability": 0.123,
+    "augment.erase_probability": 0.123,
+    "augment.noise": 0.123,
+    "augment.mixup": 0.123,
+    "augment.cutmix": 0.123,
     "model.family": "standard",
     "model.form": "tied",
     "model.num_experts": 5,
@@ -61,6 +70,8 @@ OTHER: dict[str, Any] = {
     "model.router_precision": "int8",
     "model.angle_init": 0.123,
     "model.router_noise": 0.123,
+    "model.attention_dropout": 0.123,
+    "model.stochastic_depth": 0.123,
     "model.dispatch": "blocks",
     "model.compute_dtype": "bfloat16",
     "model.patch_size": 4,
@@ -73,9 +84,11 @@ OTHER: dict[str, Any] = {
     "loss.router_z": 0.123,
     "loss.smoothness": 0.123,
     "optimizer.learning_rate": 0.123,
+    "optimizer.final_learning_rate": 0.001,
     "optimizer.warmup_steps": 1,
     "optimizer.weight_decay": 0.123,
     "optimizer.clip_norm": 0.123,
+    "optimizer.ema_decay": 0.123,
     "optimizer.prototype_multiplier": 0.123,
     "optimizer.angle_multiplier": 0.123,
     "optimizer.router_multiplier": 0.123,
@@ -141,12 +154,30 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("loss.load_balance", -0.01, "0 or more"),
         ("loss.router_z", -0.01, "0 or more"),
         ("loss.smoothness", -0.01, "0 or more"),
-        ("data.name", "cifar", "digits or procedural"),
-        ("data.max_shift", -1, "0 or more"),
-        ("data.max_shift", 8, "under 8"),
-        ("data.shift_probability", 1.5, "0 to 1"),
-        ("data.shift_probability", -0.5, "0 to 1"),
-        ("data.noise", -0.1, "0 or more"),
+        ("data.name", "CIFAR-100", "digits, procedural or a data set's name such as cifar100"),
+        ("data.name", "cifar100:newest", "digits, procedural or a data set's name such as cifar100"),
+        ("augment.crop", "centre", "shift or resized"),
+        ("augment.max_shift", -1, "0 or more"),
+        ("augment.max_shift", 8, "under image_size = 8"),
+        ("augment.shift_probability", 1.5, "0 to 1"),
+        ("augment.shift_probability", -0.5, "0 to 1"),
+        ("augment.min_area", 0.0, "above 0 to 1"),
+        ("augment.min_area", 1.5, "above 0 to 1"),
+        ("augment.flip_probability", 1.5, "0 to 1"),
+        ("augment.randaugment_ops", -1, "0 or more"),
+        ("augment.randaugment_magnitude", 10.5, "0 to 10"),
+        ("augment.randaugment_magnitude", -0.5, "0 to 10"),
+        ("augment.randaugment_deviation", -0.5, "0 or more"),
+        ("augment.randaugment_probability", -0.5, "0 to 1"),
+        ("augment.erase_probability", 1.5, "0 to 1"),
+        ("augment.noise", -0.1, "0 or more"),
+        ("augment.mixup", -0.1, "0 or more"),
+        ("augment.cutmix", -0.1, "0 or more"),
+        ("model.attention_dropout", 1.0, "0 to under 1"),
+        ("model.stochastic_depth", -0.1, "0 to under 1"),
+        ("optimizer.final_learning_rate", 0.5, "0 to learning_rate = 0.003"),
+        ("optimizer.final_learning_rate", -0.5, "0 to learning_rate = 0.003"),
+        ("optimizer.ema_decay", 1.0, "0 to under 1"),
         ("data.seed", -1, "0 or more"),
         ("data.image_size", 0, "at least 1"),
         ("data.channels", 0, "at least 1"),
@@ -157,7 +188,7 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("model.image_size", 16, "that of the procedural images, 8"),
         ("model.variant", "huge", "tiny or small or paper or vit_s16 or vit_b16"),
         ("model.variant", None, "tiny or small or paper or vit_s16 or vit_b16"),
-        ("model.family", "sparse", "dense or standard or butterfly"),
+        ("model.family", "sparse", "dense or standard or ternary or butterfly"),
         ("model.top_k", 5, "at most num_experts = 4"),
     ],
 )
@@ -174,10 +205,10 @@ def test_an_impossible_value_is_named_with_what_would_be_right(name, value, righ
         ("total_steps", "an integer"),
         ("keep_every", "an integer"),
         ("max_skipped_steps", "an integer"),
-        ("data.max_shift", "an integer"),
+        ("augment.max_shift", "an integer"),
         ("model.num_experts", "an integer"),
         ("optimizer.warmup_steps", "an integer"),
-        ("data.noise", "a finite number"),
+        ("augment.noise", "a finite number"),
         ("model.angle_init", "a finite number"),
         ("loss.smoothness", "a finite number"),
         ("optimizer.learning_rate", "a finite number"),
@@ -249,7 +280,7 @@ def test_an_unknown_field_is_named(name):
         "total_steps",
         "keep_every",
         "max_skipped_steps",
-        "data.noise",
+        "augment.noise",
         "model.top_k",
         "loss.router_z",
         "optimizer.clip_norm",
@@ -270,14 +301,14 @@ def test_several_unknown_fields_are_all_named():
         resolve(raw)
 
 
-@pytest.mark.parametrize("section", ["data", "model", "loss", "optimizer"])
+@pytest.mark.parametrize("section", ["data", "augment", "model", "loss", "optimizer"])
 @pytest.mark.parametrize("value", [None, 3, "tiny"])
 def test_a_section_must_be_a_section(section, value):
     with pytest.raises(ConfigError, match=f"^{section} = {re.escape(repr(value))}: it must be a section of fields$"):
         changed(section, value)
 
 
-@pytest.mark.parametrize("section", ["data", "model", "loss", "optimizer"])
+@pytest.mark.parametrize("section", ["data", "augment", "model", "loss", "optimizer"])
 def test_a_section_cannot_be_left_out(section):
     raw = raw_config()
     del raw[section]
@@ -354,7 +385,7 @@ def test_the_form_matters_to_butterflies_alone():
     ],
 )
 def test_what_the_digits_fix_cannot_be_asked_for_otherwise(field, right):
-    with pytest.raises(ConfigError, match=rf"^data\.{field} = 5: it must be {right}, which digits fix$"):
+    with pytest.raises(ConfigError, match=rf"^data\.{field} = 5: it must be {right}, which digits fixes$"):
         changed(f"data.{field}", 5)
     assert changed(f"data.{field}", right) == resolve(raw_config())
 
@@ -387,6 +418,7 @@ def test_every_field_changes_the_digest(name):
 
 def test_every_leaf_is_covered_above():
     derived = {"data.name", "data.image_size", "model.image_size", "model.channels", "model.num_classes"}
+    derived |= {"data.reading", "data.test_split", "data.stored_size"}  # of prepared sets, below
     assert OTHER.keys() | derived == leaves(resolve(raw_config(PROCEDURAL)).to_dict()).keys()
 
 
@@ -409,6 +441,64 @@ def test_image_sizes_change_the_digest_together():
     assert resolve(raw).digest() != resolve(raw_config(PROCEDURAL)).digest()
 
 
+PREPARED = PROCEDURAL | {
+    "name": "imagenet_resized/64x64:0.1.0",
+    "reading": "stream",
+    "test_split": "validation",
+    "stored_size": 64,
+    "image_size": 8,
+}
+
+
+def prepared_config(crop: str = "resized", **changes: object) -> Config:
+    return resolve(raw_config(PREPARED | changes, augment__crop=crop))
+
+
+def test_the_fields_of_a_prepared_set_change_the_digest():
+    others = {"name": "mnist", "reading": "memory", "test_split": "test", "stored_size": 32}
+    digests = {prepared_config(**{name: value}).digest() for name, value in others.items()}
+    assert len(digests | {prepared_config().digest()}) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "right"),
+    [
+        ("reading", "disk", "memory or stream"),
+        ("stored_size", 7, "image_size = 8 or more"),
+        ("test_split", "", "the name of a split, such as test"),
+        ("channels", 2, "1 or 3"),
+    ],
+)
+def test_an_impossible_prepared_set_is_refused(name, value, right):
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'data.{name} = {value!r}: it must be {right}')}$"):
+        prepared_config(**{name: value})
+
+
+def test_images_that_are_stored_larger_must_be_resized():
+    with pytest.raises(ConfigError, match=r"augment.crop = 'shift': .* resized, as stored_size is not image_size = 8"):
+        prepared_config(crop="shift")
+    assert prepared_config(crop="shift", stored_size=8).data.stored_size == 8
+
+
+def test_what_cifar_fixes_need_not_be_given_and_cannot_be_changed():
+    config = resolve(cifar100.get_config().to_dict())
+    assert (config.data.image_size, config.data.stored_size, config.data.channels) == (32, 32, 3)
+    assert (config.data.num_classes, config.data.test_split) == (100, "test")
+    assert resolve(cifar10.get_config().to_dict()).data.num_classes == 10
+    raw = cifar100.get_config().to_dict()
+    raw["data"]["num_classes"] = 10
+    with pytest.raises(ConfigError, match=r"^data\.num_classes = 10: it must be 100, which cifar100 fixes$"):
+        resolve(raw)
+
+
+def test_the_warm_up_of_a_recipe_goes_with_its_length():
+    config = cifar100.get_config()
+    assert config.total_steps == 105_468  # 300 epochs of 45,000 images, 128 a step
+    assert config.optimizer.warmup_steps == 3_515  # 10 of them
+    config.total_steps = 20
+    assert resolve(config.to_dict()).optimizer.warmup_steps == 0
+
+
 @pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])
 def test_a_stored_configuration_comes_back_equal(family):
     config = resolve(raw_config(PROCEDURAL, model__family=family))
@@ -419,6 +509,7 @@ def test_a_stored_configuration_comes_back_equal(family):
     assert back.digest() == config.digest()
     assert isinstance(back.model, ModelConfig)
     assert isinstance(back.data, DataConfig)
+    assert isinstance(back.augment, AugmentConfig)
     assert isinstance(back.loss, LossConfig)
     assert isinstance(back.optimizer, OptimizerConfig)
 
@@ -441,7 +532,7 @@ def test_configurations_are_frozen_and_hashable():
     assert hash(config) == hash(make_config())
 
 
-@pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])
+@pytest.mark.parametrize("family", get_args(Family))
 @pytest.mark.parametrize("name", RUN_CONFIGS)
 def test_every_configuration_file_resolves_for_every_family(name, family):
     get_config = importlib.import_module(f"configs.{name}").get_config
@@ -452,7 +543,7 @@ def test_every_configuration_file_resolves_for_every_family(name, family):
 
 
 def test_the_configuration_files_are_found():
-    assert {"digits", "paper"} <= set(RUN_CONFIGS)
+    assert {"digits", "paper", "cifar10", "cifar100", "imagenet_s16"} <= set(RUN_CONFIGS)
 
 
 def test_the_arguments_of_a_configuration_file_are_family_experts_form():

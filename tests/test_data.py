@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from bvit_jax import data
-from bvit_jax.config import DataConfig
+from bvit_jax import batches, data
+from bvit_jax.data_config import DataConfig
 from tests.conftest import make_config
 
 PROCEDURAL = DataConfig(
     name="procedural",
-    max_shift=0,
-    shift_probability=1.0,
-    noise=0.0,
+    reading="memory",
+    test_split="test",
+    stored_size=16,
     image_size=16,
     channels=3,
     num_classes=6,
@@ -45,7 +45,7 @@ def as_rows(split: data.Split) -> list[tuple[bytes, int]]:
 
 def small_split(number: int) -> data.Split:
     """Every pixel of image i is i + 1, so that no image looks like padding; its label is i + 10."""
-    images = np.broadcast_to(np.arange(1, number + 1, dtype=np.float32)[:, None, None, None], (number, 2, 2, 1))
+    images = np.broadcast_to(np.arange(1, number + 1, dtype=np.uint8)[:, None, None, None], (number, 2, 2, 1))
     return data.Split(images, np.arange(10, number + 10, dtype=np.int32))
 
 
@@ -53,23 +53,23 @@ def test_the_digits_are_split_as_documented(digits):
     assert [len(split) for split in splits(digits)] == [1200, 197, 400]
     for split in splits(digits):
         assert split.images.shape == (len(split), 8, 8, 1)
-        assert (split.images.dtype, split.labels.dtype) == (np.float32, np.int32)
+        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
 
 
 def test_the_splits_are_the_digits_of_scikit_learn_each_once(digits):
     # No two of the 1,797 images are equal, so equal lists say that the splits are disjoint and complete.
     original = load_digits()
     expected = [
-        ((image / 16).astype(np.float32)[..., None].tobytes(), int(label))
+        ((255 * image / 16).round().astype(np.uint8)[..., None].tobytes(), int(label))
         for image, label in zip(original.images, original.target, strict=True)
     ]
     assert len(set(expected)) == 1797
     assert sorted(row for split in splits(digits) for row in as_rows(split)) == sorted(expected)
 
 
-def test_pixels_go_from_zero_to_one(digits):
+def test_pixels_use_the_whole_range(digits):
     for split in splits(digits):
-        assert (split.images.min(), split.images.max()) == (0, 1)
+        assert (split.images.min(), split.images.max()) == (0, 255)
 
 
 def test_every_class_is_in_every_split(digits, gratings):
@@ -101,7 +101,7 @@ def test_splits_that_do_not_add_up_are_refused():
 )
 def test_every_epoch_sees_every_image_once(num_images, batch_size, seed, skipped):
     steps = range(skipped, skipped + 2 * num_images // batch_size + 3)
-    row = np.concatenate([data.batch_indices(num_images, batch_size, seed, step) for step in steps])
+    row = np.concatenate([batches.batch_indices(num_images, batch_size, seed, step) for step in steps])
     assert len(row) == len(steps) * batch_size
     row = row[-(skipped * batch_size) % num_images :]  # from the start of an epoch
     epochs = row[: len(row) // num_images * num_images].reshape(-1, num_images)
@@ -110,29 +110,29 @@ def test_every_epoch_sees_every_image_once(num_images, batch_size, seed, skipped
 
 
 def test_the_order_is_a_pure_function_of_seed_and_step():
-    first = [data.batch_indices(100, 32, 7, step) for step in (0, 5, 3)]
-    again = [data.batch_indices(100, 32, 7, step) for step in (3, 0, 5)]
+    first = [batches.batch_indices(100, 32, 7, step) for step in (0, 5, 3)]
+    again = [batches.batch_indices(100, 32, 7, step) for step in (3, 0, 5)]
     np.testing.assert_array_equal(first, [again[1], again[2], again[0]])
 
 
 def test_the_order_differs_by_seed_and_by_epoch():
-    orders = [data.batch_indices(100, 100, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
+    orders = [batches.batch_indices(100, 100, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 6
     assert list(range(100)) not in orders
 
 
 def test_neighbouring_seeds_do_not_share_epochs_shifted():
-    assert data.batch_indices(50, 50, 0, 1).tolist() != data.batch_indices(50, 50, 1, 0).tolist()
+    assert batches.batch_indices(50, 50, 0, 1).tolist() != batches.batch_indices(50, 50, 1, 0).tolist()
 
 
 def test_a_training_batch_holds_the_images_of_its_indices():
     split = small_split(10)
     batch = data.train_batch(split, 4, 3, 6, np.arange(4))
-    index = data.batch_indices(10, 4, 3, 6)
+    index = batches.batch_indices(10, 4, 3, 6)
     np.testing.assert_array_equal(batch.images, split.images[index])
     np.testing.assert_array_equal(batch.labels, index + 10)
     np.testing.assert_array_equal(batch.weights, np.ones(4))
-    assert (batch.images.dtype, batch.labels.dtype, batch.weights.dtype) == (np.float32, np.int32, np.float32)
+    assert (batch.images.dtype, batch.labels.dtype, batch.weights.dtype) == (np.uint8, np.int32, np.float32)
 
 
 @given(number=st.integers(1, 30), batch_size=st.integers(1, 24), step=st.integers(0, 50), places=st.data())
@@ -158,7 +158,7 @@ def test_evaluation_covers_every_image_once_in_order(number, batch_size, batches
     np.testing.assert_array_equal(np.concatenate([b.images for b in found])[weights == 1], split.images)
     np.testing.assert_array_equal(np.concatenate([b.labels for b in found])[weights == 1], split.labels)
     assert {(b.images.dtype, b.labels.dtype, b.weights.dtype) for b in found} == {
-        (np.dtype("float32"), np.dtype("int32"), np.dtype("float32"))
+        (np.dtype("uint8"), np.dtype("int32"), np.dtype("float32"))
     }
     assert not np.concatenate([b.images for b in found])[weights == 0].any()
 
@@ -167,10 +167,8 @@ def test_gratings_are_as_asked(gratings):
     assert [len(split) for split in splits(gratings)] == [300, 60, 90]
     for split in splits(gratings):
         assert split.images.shape == (len(split), 16, 16, 3)
-        assert (split.images.dtype, split.labels.dtype) == (np.float32, np.int32)
-        assert split.images.min() >= 0
-        assert split.images.max() <= 1
-        assert split.images.std() > 0.1
+        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int32)
+        assert split.images.std() > 0.1 * 255
 
 
 def test_gratings_have_no_image_twice(gratings):
@@ -211,7 +209,7 @@ def test_classes_of_gratings_can_be_told_apart(channels, num_classes):
 
 def test_classes_of_gratings_differ_in_colour(gratings):
     # The share of each channel in an image's contrast, averaged over a class.
-    contrast = gratings.train.images.std(axis=(1, 2))
+    contrast = (gratings.train.images / 255).std(axis=(1, 2))
     share = contrast / contrast.sum(axis=1, keepdims=True)
     by_class = np.stack([share[gratings.train.labels == c].mean(axis=0) for c in range(6)])
     apart = [np.abs(by_class[a] - by_class[b]).max() for a in range(6) for b in range(a)]
@@ -220,6 +218,7 @@ def test_classes_of_gratings_differ_in_colour(gratings):
 
 def test_gratings_beyond_one_chunk_are_drawn_as_well():
     # Images are drawn 1,024 at a time.
-    dataset = data.load(dataclasses.replace(PROCEDURAL, image_size=8, channels=1, num_train=2000, num_test=1000))
+    sizes = {"image_size": 8, "stored_size": 8, "channels": 1, "num_train": 2000, "num_test": 1000}
+    dataset = data.load(dataclasses.replace(PROCEDURAL, **sizes))
     assert nearest_mean_accuracy(dataset) > 0.7
     assert len({row[0] for split in splits(dataset) for row in as_rows(split)}) == 3060

@@ -43,6 +43,8 @@ def test_prices():
 BYTES = {
     # An expert: 2 x 128 weights and 16 + 8 biases, 280 floats; the router 8 x 4 floats.
     ("standard", "separate"): 3 * 280 * 4 + 32 * 4,
+    # Matrices of 128 trits, 26 bytes; scales and biases 16 + 8 each.
+    ("ternary", "separate"): 3 * (2 * 26 + 24 * 4 + 24 * 4) + 32 * 4,
     ("dense", "separate"): 280 * 4,
     # Prototypes of 128 trits, 26 bytes; scales and biases 16 + 8 each. Angles of a pair of rotations: 2 x (4 + 8) = 24.
     ("butterfly", "separate"): 2 * 26 + 24 * 4 + 24 * 4 + 32 * 4 + 3 * 48 * 4,
@@ -53,6 +55,7 @@ BYTES = {
 # Numbers moved a token, then x 2 tokens x 4 bytes x 12.5 pJ. The router moves 8 + 4, the sum of 2 rows of 8 moves 24.
 NUMBERS = {
     ("standard", "separate"): 12 + 24 + 2 * (24 + 24),
+    ("ternary", "separate"): 12 + 24 + 2 * (24 + 24),
     ("dense", "separate"): 24 + 24,
     ("butterfly", "separate"): 12 + 24 + 2 * (24 + 24),
     ("butterfly", "tied"): 12 + 24 + 2 * (24 + 24),
@@ -64,6 +67,7 @@ TURNED = {("butterfly", "separate"): 2 * 6 * 48, ("butterfly", "tied"): 2 * 6 * 
 # Arithmetic a token, then x 2 tokens: multiply-adds at 4.6 pJ, additions at 0.9, scales at 3.7, turns at 16.6.
 ARITHMETIC = {
     ("standard", "separate"): (32 + 16 + 2 * 256) * 4.6,
+    ("ternary", "separate"): (32 + 16) * 4.6 + 2 * (256 * 0.9 + (16 + 8) * 3.7),
     ("dense", "separate"): 256 * 4.6,
     ("butterfly", "separate"): (32 + 16) * 4.6 + 2 * (256 * 0.9 + (16 + 8) * 3.7 + 48 * 16.6),
     ("butterfly", "tied"): (32 + 16) * 4.6 + 2 * (256 * 0.9 + (16 + 16) * 3.7 + 48 * 16.6),
@@ -101,6 +105,12 @@ def test_stored_experts_of_fewer_bits(experts, expert_bytes, row_pj):
     assert found.weights == pytest.approx((3 * expert_bytes + 128) * 160)
     assert found.activations == pytest.approx(13_200)
     assert found.arithmetic == pytest.approx(2 * (48 * 4.6 + 2 * row_pj))
+
+
+def test_ternary_experts_cost_what_standard_ones_stored_so_do():
+    own = parts(small("ternary"), Storage(experts="int8"))
+    assert own == parts(small("standard"), Storage(experts="ternary"))
+    assert parts(small("ternary", ternary_scale="none")) == parts(small("standard"))
 
 
 def test_prototypes_that_are_not_ternary_cost_multiply_adds():
@@ -224,7 +234,7 @@ def test_rows_compare_with_the_float32_standard_mixture():
     variants = [Variant("standard", "separate", Storage())] + [Variant(*kind, EIGHT_BIT) for kind in KINDS]
     rows = energy.compare(config, variants, images=3)
     assert [row.variant for row in rows] == [variant.name for variant in variants]
-    assert [row.num_experts for row in rows] == [4, 1, 4, 4, 4, 4]
+    assert [row.num_experts for row in rows] == [4, 1, 4, 4, 4, 4, 4]
     assert rows[0].saving == rows[0].saving_weights == 0
     standard = energy.step(small("standard").model, Storage(), 3)
     for row, kind in zip(rows[1:], KINDS, strict=True):

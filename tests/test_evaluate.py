@@ -51,6 +51,28 @@ def test_without_rotations_all_experts_are_the_prototype(key):
     assert np.abs(vit.apply(config, params, images)[0] - logits).max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["row", "tensor"])
+def test_statistics_of_ternary_experts_by_hand(kind, key):
+    config = make_model(family="ternary", ternary_scale=kind)
+    params = vit.init_params(config, key)
+    ffn = params["segment_0"]["block_0"]["ffn"]
+    # All weights 1, but of one of 4 experts 3.
+    kernel = np.ones(ffn["up_kernel"].shape, np.float32)
+    kernel[:, 0] = 3
+    ffn["up_kernel"] = kernel
+    ffn["down_kernel"] = np.zeros_like(ffn["down_kernel"])
+    found = evaluate.ternary_statistics(params, config)
+    path = "segment_0/block_0/ffn"
+    assert found.keys() == {f"{path}/up_kernel", f"{path}/down_kernel"}
+    assert found[f"{path}/up_kernel"] == pytest.approx({"zeros": 0, "scale": (3 + 1 + 1 + 1) / 4})
+    assert found[f"{path}/down_kernel"] == pytest.approx({"zeros": 1, "scale": 1e-5})
+    kernel[1, 1, :8] = 0  # of 64 inputs, in one of 2 layers, one of 4 experts: the scale there is 7 / 8
+    found = evaluate.ternary_statistics(params, config)
+    assert found[f"{path}/up_kernel"] == pytest.approx({"zeros": 1 / 64, "scale": (12 - 1 / 8) / 8})
+    for other in (make_model(family="standard"), make_model(family="ternary", ternary_scale="none")):
+        assert evaluate.ternary_statistics(params, other) == {}
+
+
 def test_between_is_called_after_each_batch_and_what_it_raises_ends_the_evaluation(monkeypatch):
     # A model that says class 1 of every image; the step that is compiled otherwise is not what is tested.
     def step(params, images, labels, weights):

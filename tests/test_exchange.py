@@ -243,10 +243,10 @@ LAYERS = {(expert, model, top_k) for expert, model in ((1, 1), (2, 1), (8, 1), (
 BATCH, TOKENS = 32, 5
 
 
-def layer(layout: Layout | None, top_k: int, dtype: str = "float32") -> Any:
+def layer(layout: Layout | None, top_k: int, dtype: str = "float32", family: str = "standard") -> Any:
     """Output, report and gradients of a layer on eight devices, or on one without any mesh."""
     changes = {"d_model": 12, "d_ff": 20, "num_heads": 4, "patch_size": 4, "num_experts": 8, "num_stages": 1}
-    config = make_model(family="standard", top_k=top_k, compute_dtype=dtype, **changes)
+    config = make_model(family=family, top_k=top_k, compute_dtype=dtype, **changes)
     module = moe.StandardMoe(config)
     rng = np.random.default_rng(0)
     x = (1 + rng.normal(size=(BATCH, TOKENS, 12))).astype(np.float32)
@@ -278,6 +278,7 @@ def all_layers() -> dict[Any, Any]:
     }
     found |= {top_k: layer(None, top_k) for top_k in (1, 2)}
     found["bfloat16"] = layer(Layout(expert=4, model=2), 2, "bfloat16")
+    found["ternary"] = [layer(layout, 2, family="ternary") for layout in (None, Layout(expert=4, model=2))]
     return found
 
 
@@ -341,6 +342,14 @@ def test_stored_experts_on_a_mesh_equal_those_on_one_device(found, expert, model
         assert share * rows > exchange.capacity(rows, expert)
     assert np.abs(y).max() > 0.5
     assert all(np.abs(leaf).max() > 0.1 for leaf in jax.tree.leaves(gradients))
+
+
+def test_ternary_experts_on_a_mesh_have_the_scales_of_one_device(found):
+    # Over `model` the inputs of the down matrices are split: a part's mean would be another scale.
+    one, on_mesh = found[1]["ternary"]
+    for a, b in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6 * np.abs(b).max())
+    assert np.abs(one[0][0] - found[1][2][0][0]).max() > 0.1
 
 
 def test_stored_experts_on_a_mesh_compute_in_bfloat16(found):

@@ -182,7 +182,7 @@ def test_compile_tpu_writes_its_report_and_goes_on(tmp_path):
         (["--topology=v5e:8x8"], "butterfly, 1 experts on v5e:8x8: batch_size = 32: it must be a multiple of the 64"),
         (["--expert_axis=2", "--experts=3"], "standard, 3 experts on v5e:4x4: expert_axis = 2: it must be a divisor"),
         (["--experts=4,x"], "experts = '4,x': it must be numbers from 1"),
-        (["--families=round"], "families = 'round': it must be dense or standard or butterfly"),
+        (["--families=round"], "families = 'round': it must be dense or standard or ternary or butterfly"),
         (["--expert_axis=two"], "expert_axis = 'two': it must be auto or a number"),
     ],
 )

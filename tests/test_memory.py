@@ -66,6 +66,15 @@ def test_reference_butterflies_in_the_papers_setting():
     assert 939_524_096 / (ledger(config).bytes_paper + projection) == pytest.approx(94, abs=0.05)
 
 
+def test_a_ternary_mixture_in_the_papers_setting():
+    # As the standard one, at 1.58 bits a weight: 32 / 1.58 = 20.25.
+    found = ledger(paper_model("ternary"))
+    assert found.bytes_paper == pytest.approx(7 * 64 * 2 * 256 * 1024 * 1.58 / 8, abs=1e-3)
+    assert 939_524_096 / found.bytes_paper == pytest.approx(20.25, abs=0.005)
+    # All counted: 52,429 bytes of trits a matrix, 1024 + 256 scales and as many biases, and the router's 256 x 64.
+    assert found.bytes_full_ffn == 7 * (64 * (2 * 52_429 + 2 * 1280 * 4) + 256 * 64 * 4) == 52_022_656
+
+
 def test_a_dense_model_in_the_papers_setting():
     # The paper's formula for one FFN a layer: 7 x 2 x 256 x 1024 x 4 bytes.
     assert ledger(paper_model("dense")).bytes_paper == 7 * 2 * 256 * 1024 * 4
@@ -82,6 +91,12 @@ BACKBONE = {"embeddings": 184, "attention": 576, "norms": 80, "head": 90}
 FFN = {
     ("dense", "separate"): {"ffn": 2 * 2 * 128, "ffn_bias": 2 * (16 + 8)},
     ("standard", "separate"): {"experts": 2 * 4 * 2 * 128, "ffn_bias": 2 * 4 * (16 + 8), "router": 2 * 32},
+    ("ternary", "separate"): {
+        "experts": 2 * 4 * 2 * 128,
+        "scales": 2 * 4 * (16 + 8),  # of each expert one an output
+        "ffn_bias": 2 * 4 * (16 + 8),
+        "router": 2 * 32,
+    },
     ("butterfly", "separate"): {
         "prototype": 2 * 2 * 128,
         "scales": 2 * (16 + 8),  # one an output: 16 of the up prototype, 8 of the down prototype
@@ -106,11 +121,17 @@ FFN = {
     },
 }
 # 128 trits at 5 a byte are 25.6, so 26 bytes a matrix.
-PACKED = {"separate": 2 * 2 * 26, "tied": 2 * 26, "reference": 2 * 26}
+PACKED = {
+    ("ternary", "separate"): {"experts": 2 * 4 * 2 * 26},
+    ("butterfly", "separate"): {"prototype": 2 * 2 * 26},
+    ("butterfly", "tied"): {"prototype": 2 * 26},
+    ("butterfly", "reference"): {"prototype": 2 * 26},
+}
 # The paper's formula: 128 x 1.58 / 8 = 25.28 bytes a ternary matrix; 4 bytes an angle or a stored weight.
 PAPER = {
     ("dense", "separate"): {"ffn": 2 * 2 * 128 * 4},
     ("standard", "separate"): {"experts": 2 * 4 * 2 * 128 * 4},
+    ("ternary", "separate"): {"experts": 2 * 4 * 2 * 25.28},
     ("butterfly", "separate"): {"prototype": 2 * 2 * 25.28, "angles": 2 * 2 * 96 * 4},
     ("butterfly", "tied"): {"prototype": 2 * 25.28, "angles": 2 * 96 * 4},
     ("butterfly", "reference"): {"prototype": 2 * 25.28, "angles": 2 * 96 * 4},
@@ -123,9 +144,7 @@ def test_every_tensor_of_a_small_model_by_hand(family, form):
     expected = BACKBONE | FFN[family, form]
     trained = {name: row.params for name, row in found.items() if name != "scales"}
     assert trained == {name: number for name, number in expected.items() if name != "scales"}
-    full = {name: 4 * number for name, number in expected.items()}
-    if family == "butterfly":
-        full["prototype"] = PACKED[form]
+    full = {name: 4 * number for name, number in expected.items()} | PACKED.get((family, form), {})
     assert {name: row.bytes_full for name, row in found.items()} == full
     in_paper = {name: row.bytes_paper for name, row in found.items() if row.bytes_paper}
     assert in_paper == pytest.approx(PAPER[family, form])
@@ -172,6 +191,7 @@ def test_one_scale_a_tensor():
     config = small("butterfly", "separate", ternary_scale="tensor")
     by_row, by_tensor = ledger(small("butterfly")), ledger(config)
     assert rows_of(config)["scales"].bytes_full == 4 * 2 * 2  # layers x prototypes
+    assert rows_of(small("ternary", ternary_scale="tensor"))["scales"].bytes_full == 4 * 2 * 4 * 2  # x experts
     assert tensors_of(by_row) - tensors_of(by_tensor) == 4 * (2 * (16 + 8) - 4)
     assert (by_tensor.params, by_tensor.bytes_paper) == (by_row.params, by_row.bytes_paper)
 
@@ -220,6 +240,14 @@ def test_a_standard_mixture_grows_by_whole_experts():
     assert tensors_of(more) - tensors_of(few) == 2 * 4 * (2 * 128 + 16 + 8 + 8)
 
 
+@pytest.mark.parametrize("experts", ["float32", "int8", "ternary"])
+def test_a_ternary_mixture_grows_by_packed_experts_whatever_the_format_of_others(experts):
+    few, more = (ledger(small("ternary", num_experts=number), Storage(experts=experts)) for number in (5, 6))
+    assert more.bytes_paper - few.bytes_paper == pytest.approx(2 * 2 * 25.28)
+    # Two matrices, 24 scales, 24 biases and a column of the router, in 2 layers.
+    assert tensors_of(more) - tensors_of(few) == 2 * (2 * 26 + 4 * (24 + 24 + 8))
+
+
 def test_the_standard_twin_has_the_same_shape_and_experts():
     config = small("butterfly", "tied", moe_layers="second", num_layers=3)
     twin = memory.standard_twin(config)
@@ -233,6 +261,8 @@ def test_the_standard_twin_has_the_same_shape_and_experts():
 
 def test_compression_is_against_float32_whatever_the_model_is_trained_with():
     config = small("butterfly", angle_bits=4, router_precision="int4")
+    assert memory.standard_ledger(config).bytes_full_ffn == ledger(small("standard")).bytes_full_ffn
+    config = small("ternary", ternary_scale="tensor", router_precision="int4")
     assert memory.standard_ledger(config).bytes_full_ffn == ledger(small("standard")).bytes_full_ffn
 
 
@@ -344,4 +374,4 @@ def test_the_header_states_its_own_size():
 
 def test_the_file_in_the_papers_setting_has_the_bytes_counted(key):
     config = resolve(paper.get_config("butterfly,64,tied").to_dict())
-    assert len(packed_file.pack(vit.init_params(config.model, key), config)) == ledger(config).bytes_full == 8_746_531
+    assert len(packed_file.pack(vit.init_params(config.model, key), config)) == ledger(config).bytes_full == 8_746_939

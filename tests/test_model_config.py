@@ -21,6 +21,8 @@ OTHER = {
     "router_precision": "int8",
     "angle_init": 0.123,
     "router_noise": 0.123,
+    "attention_dropout": 0.123,
+    "stochastic_depth": 0.123,
     "dispatch": "blocks",
     "compute_dtype": "bfloat16",
     "image_size": 16,
@@ -33,13 +35,14 @@ OTHER = {
     "num_classes": 7,
 }
 BUTTERFLY_ONLY = {"form", "num_stages", "stride_order", "ternary_scale", "angle_bits", "angle_init", "dispatch"}
+FAMILIES = ["dense", "standard", "ternary", "butterfly"]
 MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_precision"}
 
 
 @pytest.mark.parametrize(
     ("field", "value", "right"),
     [
-        ("family", "sparse", "dense or standard or butterfly"),
+        ("family", "sparse", "dense or standard or ternary or butterfly"),
         ("form", "both", "separate or tied or reference"),
         ("stride_order", "random", "descending or ascending"),
         ("ternary_scale", "column", "row or tensor or none"),
@@ -65,6 +68,10 @@ MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_pr
         ("num_stages", 8, "at most 7 (full depth)"),  # the wider side, d_ff = 128 = 2^7
         ("angle_init", -0.1, "0 or more"),
         ("router_noise", -1.0, "0 or more"),
+        ("attention_dropout", 1.0, "0 to under 1"),
+        ("attention_dropout", -0.1, "0 to under 1"),
+        ("stochastic_depth", 1.0, "0 to under 1"),
+        ("stochastic_depth", -0.1, "0 to under 1"),
     ],
 )
 def test_an_impossible_value_is_named_with_what_would_be_right(field, value, right):
@@ -121,13 +128,18 @@ def test_the_grid_counts_patches_a_side():
     assert dataclasses.replace(make_model(), image_size=12, patch_size=3).grid == (4, 4)
 
 
-@pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("field", sorted(OTHER.keys() - {"family"}))
 def test_canonical_drops_what_the_family_ignores_and_keeps_the_rest(family, field):
     plain = dataclasses.replace(make_model(top_k=2, num_stages=2), family=family)
     changed = dataclasses.replace(plain, **{field: OTHER[field]})
     assert changed != plain
-    ignored = {"dense": BUTTERFLY_ONLY | MIXTURE_ONLY, "standard": BUTTERFLY_ONLY, "butterfly": set()}[family]
+    ignored = {
+        "dense": BUTTERFLY_ONLY | MIXTURE_ONLY,
+        "standard": BUTTERFLY_ONLY,
+        "ternary": BUTTERFLY_ONLY - {"ternary_scale"},
+        "butterfly": set(),
+    }[family]
     assert (changed.canonical() == plain.canonical()) == (field in ignored)
     if field not in ignored:
         assert getattr(changed.canonical(), field) == OTHER[field]
@@ -137,7 +149,7 @@ def test_every_field_is_covered_above():
     assert OTHER.keys() == {field.name for field in dataclasses.fields(ModelConfig)}
 
 
-@pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_canonical_is_idempotent_and_keeps_the_family(family):
     model = dataclasses.replace(make_model(), family=family)
     assert model.canonical().canonical() == model.canonical()
@@ -145,8 +157,13 @@ def test_canonical_is_idempotent_and_keeps_the_family(family):
 
 
 def test_families_stay_apart():
-    models = {dataclasses.replace(make_model(), family=family).canonical() for family in ("dense", "standard")}
-    assert len(models | {make_model()}) == 3
+    assert len({dataclasses.replace(make_model(), family=family).canonical() for family in FAMILIES}) == 4
+
+
+def test_what_families_have_experts_of_which_kind():
+    models = [dataclasses.replace(make_model(), family=family) for family in FAMILIES]
+    assert [model.stores_experts for model in models] == [False, True, True, False]
+    assert [model.has_ternary_experts for model in models] == [False, False, True, True]
 
 
 def test_the_paper_variant_has_the_papers_numbers():

@@ -12,13 +12,13 @@ import pytest
 from conftest import make_model
 from jax.extend import core
 
-from bvit_jax import moe
+from bvit_jax import moe, ternary
 from bvit_jax.model_config import ModelConfig
 
 # Compiling costs more here than running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOKENS = 5  # a 2 x 2 grid and the class token
-LAYERS = {"dense": moe.DenseMlp, "standard": moe.StandardMoe, "butterfly": moe.ButterflyMoe}
+LAYERS = {"dense": moe.DenseMlp, "standard": moe.StandardMoe, "ternary": moe.StandardMoe, "butterfly": moe.ButterflyMoe}
 
 
 def small(**changes: object) -> ModelConfig:
@@ -37,7 +37,7 @@ def make_layer(config: ModelConfig, batch: int = 2) -> tuple[nn.Module, Any, jax
 def oracle(config: ModelConfig, params: Any, x: np.ndarray) -> np.ndarray:
     if config.family == "dense":
         return oracles.dense_mlp(params, x)
-    if config.family == "standard":
+    if config.stores_experts:
         return oracles.standard_moe(params, x, config.top_k)
     return oracles.butterfly_moe(
         params, x, form=config.form, top_k=config.top_k, num_stages=config.num_stages, order=config.stride_order
@@ -45,10 +45,11 @@ def oracle(config: ModelConfig, params: Any, x: np.ndarray) -> np.ndarray:
 
 
 def quantised(config: ModelConfig, params: Any) -> Any:
-    """Copies parameters to float64 with the prototypes quantised."""
+    """Copies parameters to float64 with the ternary matrices quantised, those of experts one by one."""
     params = oracles.float64(params)
+    ends = {"butterfly": "prototype", "ternary": "_kernel"}.get(config.family)
     return {
-        name: oracles.quantise(value, config.ternary_scale) if name.endswith("prototype") else value
+        name: oracles.round_matrices(value, "ternary", config.ternary_scale) if ends and name.endswith(ends) else value
         for name, value in params.items()
     }
 
@@ -80,6 +81,9 @@ CASES |= {
     "standard, two choices": {"family": "standard", "top_k": 2},
     "standard, one choice": {"family": "standard", "top_k": 1, "num_experts": 8},
     "standard, one expert": {"family": "standard", "top_k": 1, "num_experts": 1},
+    "ternary, two choices": {"family": "ternary", "top_k": 2},
+    "ternary, one choice, per tensor": {"family": "ternary", "top_k": 1, "num_experts": 8, "ternary_scale": "tensor"},
+    "ternary, one expert": {"family": "ternary", "top_k": 1, "num_experts": 1},
 }
 
 
@@ -111,7 +115,7 @@ def test_output_report_and_gradients_equal_oracle(case: str) -> None:
     def loss() -> float:
         return float(np.sum(upstream * oracle(config, exact, exact_x)))
 
-    # The straight-through gradient of a prototype is that of its quantised values, which `exact` holds.
+    # The straight-through gradient of a ternary matrix is that of its quantised values, which `exact` holds.
     leaves = jax.tree_util.tree_leaves_with_path((exact, exact_x))
     for (path, array), gradient in zip(leaves, jax.tree.leaves((d_params, d_x)), strict=True):
         name, gradient = jax.tree_util.keystr(path), np.asarray(gradient)
@@ -168,6 +172,16 @@ SHAPES: dict[str, tuple[dict[str, Any], Any]] = {
             "router": {"kernel": (12, 3)},
         },
     ),
+    "ternary": (
+        {"family": "ternary"},
+        {
+            "up_kernel": (3, 12, 20),
+            "up_bias": (3, 20),
+            "down_kernel": (3, 20, 12),
+            "down_bias": (3, 12),
+            "router": {"kernel": (12, 3)},
+        },
+    ),
     "dense": (
         {"family": "dense"},
         {"up": {"kernel": (12, 20), "bias": (20,)}, "down": {"kernel": (20, 12), "bias": (12,)}},
@@ -215,7 +229,22 @@ def test_initial_spread_of_an_expert_does_not_depend_on_their_number() -> None:
         assert not params["up_bias"].any()
 
 
-@pytest.mark.parametrize("family", ["standard", "butterfly"])
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+def test_ternary_experts_are_standard_ones_of_quantised_matrices(scale: str) -> None:
+    changes: dict[str, Any] = {"num_experts": 4, "ternary_scale": scale}
+    layer, params, x = make_layer(small(family="ternary", **changes))
+    kernels = {name: ternary.quantise(params[name], scale) for name in ("up_kernel", "down_kernel")}
+    apply = jit(lambda layer, params: layer.apply({"params": params}, x, train=False), static_argnums=0)
+    found = apply(layer, params)
+    chex.assert_trees_all_equal(found, apply(LAYERS["standard"](small(family="standard", **changes)), params | kernels))
+    floats, _ = apply(LAYERS["standard"](small(family="standard", **changes)), params)
+    assert jnp.abs(found[0] - floats).max() > 0.1
+    # Matrices that are rounded already, as a file holds them, are used as they are.
+    deployed = small(family="ternary", **changes).deployed()
+    chex.assert_trees_all_equal(found, apply(LAYERS["ternary"](deployed), params | kernels))
+
+
+@pytest.mark.parametrize("family", ["standard", "ternary", "butterfly"])
 def test_experts_without_rows_get_no_gradient(family: str) -> None:
     config = small(family=family, num_experts=16, top_k=1)
     layer, params, x = make_layer(config, batch=1)
@@ -228,12 +257,12 @@ def test_experts_without_rows_get_no_gradient(family: str) -> None:
     used = np.asarray(report.assignments_E) > 0
     assert 1 <= used.sum() <= TOKENS
     for name, value in gradient.items():
-        if name.endswith("angles") or (family == "standard" and name != "router"):
+        if name.endswith("angles") or (config.stores_experts and name != "router"):
             size = np.abs(value).reshape(16, -1).max(axis=1)
             np.testing.assert_array_equal(size > 0, used, err_msg=name)
 
 
-@pytest.mark.parametrize("family", ["standard", "butterfly"])
+@pytest.mark.parametrize("family", ["standard", "ternary", "butterfly"])
 def test_router_noise_in_training_alone(family: str) -> None:
     noisy, quiet = small(family=family, router_noise=2.0, num_experts=8), small(family=family, num_experts=8)
     layer, params, x = make_layer(noisy)

@@ -15,9 +15,11 @@ from tests.conftest import KINDS, make_model
 
 PLAIN = OptimizerConfig(
     learning_rate=0.01,
+    final_learning_rate=0.0,
     warmup_steps=0,
     weight_decay=0.0,
     clip_norm=1e9,
+    ema_decay=0.0,
     prototype_multiplier=1.0,
     angle_multiplier=1.0,
     router_multiplier=1.0,
@@ -30,6 +32,7 @@ BACKBONE_MATRICES = {
 FFN_MATRICES = {
     ("dense", "separate"): {"up/kernel", "down/kernel"},
     ("standard", "separate"): {"up_kernel", "down_kernel", "router/kernel"},
+    ("ternary", "separate"): {"up_kernel", "down_kernel", "router/kernel"},
     ("butterfly", "separate"): {"up_prototype", "down_prototype", "router/kernel"},
     ("butterfly", "tied"): {"prototype", "router/kernel"},
     ("butterfly", "reference"): {"prototype", "projection/kernel", "router/kernel"},
@@ -82,6 +85,12 @@ def test_learning_rate_by_hand():
 def test_learning_rate_without_warm_up_starts_at_its_peak():
     schedule = learning_rate(PLAIN, 10)
     assert [float(schedule(step)) for step in (0, 5, 10)] == pytest.approx([0.01, 0.005, 0], abs=1e-8)
+
+
+def test_the_last_learning_rate_can_be_above_zero():
+    # From 0.8 to 0.2 by half a cosine: 0.5 in the middle.
+    schedule = learning_rate(dataclasses.replace(PLAIN, learning_rate=0.8, final_learning_rate=0.2), 8)
+    assert [float(schedule(step)) for step in (0, 4, 8, 20)] == pytest.approx([0.8, 0.5, 0.2, 0.2], abs=1e-6)
 
 
 def test_learning_rate_falls_after_its_peak_and_stays_at_zero():

@@ -80,6 +80,9 @@ TRAINED |= {
     "bfloat16 router": {"router_precision": "bfloat16", "angle_bits": 16},
     "scale per tensor": {"ternary_scale": "tensor", "angle_bits": 8},
     "no scale": {"ternary_scale": "none", "angle_bits": 8, "form": "separate"},
+    "ternary, scale per tensor": {"family": "ternary", "ternary_scale": "tensor", "router_precision": "int8"},
+    "ternary, no scale": {"family": "ternary", "ternary_scale": "none"},
+    "ternary, every second layer": {"family": "ternary", "num_layers": 5, "moe_layers": "second"},
     "every second layer": {"num_layers": 5, "moe_layers": "second", "angle_bits": 8},
     "one by one": {"num_layers": 4, "moe_layers": "0,1,2", "form": "separate", "angle_bits": 4},
     "odd sides": {"d_model": 15, "d_ff": 21, "num_heads": 3, "form": "separate", "angle_bits": 6},
@@ -101,6 +104,7 @@ STORED: list[tuple[dict[str, Any], Storage]] = [
     ({"family": "standard"}, Storage(experts="int4", router="int4", backbone="int8")),
     ({"family": "standard"}, Storage(experts="ternary", router="bfloat16", trits="2bit")),
     ({"family": "standard"}, Storage(experts="int2")),
+    ({"family": "ternary", "moe_layers": "1"}, Storage(experts="int4", router="int4", backbone="int8", trits="2bit")),
     ({"form": "tied"}, Storage(4, "int4", backbone="int8")),
     ({"form": "separate"}, Storage(6, "int8", trits="2bit")),
     ({"form": "reference"}, Storage(8, "bfloat16", "int8", "bfloat16")),
@@ -228,7 +232,7 @@ def test_memory_counts_the_packed_tensors() -> None:
     assert model.memory(1).working < model.memory(64).working
 
 
-@pytest.mark.parametrize(("family", "form"), [("dense", "separate"), ("standard", "separate"), ("butterfly", "tied")])
+@pytest.mark.parametrize(("family", "form"), [(kind, "tied") for kind in ("dense", "standard", "ternary", "butterfly")])
 def test_working_memory_does_not_grow_with_the_layers(family: str, form: str) -> None:
     # Sides large enough that the parameters of a layer, once unpacked, outweigh the activations of an image.
     changes = {"d_model": 64, "d_ff": 128, "num_experts": 8, "num_heads": 2}
@@ -238,7 +242,7 @@ def test_working_memory_does_not_grow_with_the_layers(family: str, form: str) ->
         config = small(family, form, num_layers=layers, **changes)
         use[layers] = pack(random_params(config), config, stored_as).memory(1)
     assert use[9].packed > 2.5 * use[3].packed * (1 - 0.2)
-    unpacked = 4 * 2 * 64 * 128 if family != "standard" else 4 * 2 * 64 * 128 * 8  # the FFN of one layer, float32
+    unpacked = 4 * 2 * 64 * 128 * (8 if config.model.stores_experts else 1)  # the FFN of one layer, float32
     assert use[9].working - use[3].working < unpacked / 4
     assert use[9].images == use[3].images
 
@@ -305,6 +309,23 @@ def test_training_sees_angles_as_they_are_stored(form: str) -> None:
         size = np.abs(wanted).max()
         assert size > 0, path
         np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-5 * max(size, 1), err_msg=str(path))
+
+
+@pytest.mark.parametrize("scale", ["row", "tensor"])
+def test_training_sees_ternary_experts_as_they_are_stored(scale: str) -> None:
+    config = small("ternary", ternary_scale=scale, num_layers=1)
+    params, images = random_params(config), random_images(config)
+    ffn = params["segment_0"]["block_0"]["ffn"]
+    found = logits_of(config, params, images)
+    rounded = {
+        name: jnp.asarray(oracles.round_matrices(np.asarray(ffn[name], np.float64), "ternary", scale), jnp.float32)
+        for name in ("up_kernel", "down_kernel")
+    }
+    params["segment_0"]["block_0"]["ffn"] = ffn | rounded
+    standard = small("standard", num_layers=1)
+    np.testing.assert_allclose(found, logits_of(standard, params, images), rtol=0, atol=1e-5)
+    params["segment_0"]["block_0"]["ffn"] = ffn
+    assert np.abs(found - logits_of(standard, params, images)).max() > 0.01
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])

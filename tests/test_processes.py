@@ -16,9 +16,11 @@ from conftest import call, make_config, on_devices
 from several import Ended, endings, started, wait_for
 
 from bvit_jax import data, evaluate, metrics, peers, preemption, processes, sharding, train
+from bvit_jax.batches import Batch
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sharding import Layout
+from bvit_jax.stepping import Stepper
 from bvit_jax.trained import best_params
 
 # Starting
@@ -211,14 +213,14 @@ def train_command(port: int, number: int, workdir: Path) -> list[str]:
 
 def train_and_die(port: int, number: int, workdir: str, step: int) -> None:
     """The entry point, killed before it takes a step."""
-    batch_of = data.train_batch
+    batch_of = Stepper.batch
 
-    def dies(split: data.Split, batch_size: int, seed: int, at: int, rows: np.ndarray) -> data.Batch:
+    def dies(self: Stepper, at: int) -> Batch:
         if at == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        return batch_of(split, batch_size, seed, at, rows)
+        return batch_of(self, at)
 
-    data.train_batch = dies
+    Stepper.batch = dies
     sys.argv = train_command(port, number, Path(workdir))
     runpy.run_module("experiments.train", run_name="__main__")
 
@@ -238,17 +240,17 @@ def raised(work: Callable[[], Any]) -> tuple[str, str] | None:
 
 def run(workdir: Path, stop_before: int | None = None) -> tuple[dict[str, Any], list[int]]:
     """Trains, perhaps until interrupted before a step; returns the result and the steps that were taken."""
-    batch_of = data.train_batch
+    batch_of = Stepper.batch
     steps: list[int] = []
 
-    def stops(split: data.Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> data.Batch:
+    def stops(self: Stepper, step: int) -> Batch:
         if step == stop_before:
             raise KeyboardInterrupt
         steps.append(step)
-        return batch_of(split, batch_size, seed, step, rows)
+        return batch_of(self, step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "train_batch", stops)
+        patch.setattr(Stepper, "batch", stops)
         return train.run(ROTATED, workdir, show_progress=False, layout=Layout(fsdp=True)), steps
 
 

@@ -19,7 +19,7 @@ BITS = [32, 16, 8, 6, 4]
 def test_every_family_form_and_format_is_listed_once():
     rest = Storage(router="int8", backbone="bfloat16", trits="2bit")
     variants = scaling.all_variants(rest)
-    names = ["dense float32", *[f"standard {name}" for name in FORMATS]]
+    names = ["dense float32", *[f"standard {name}" for name in FORMATS], "ternary"]
     names += [f"butterfly {form} {bits}-bit" for form in ("separate", "tied", "reference") for bits in BITS]
     assert [variant.name for variant in variants] == names
     for variant in variants:
@@ -60,6 +60,9 @@ def test_growth_of_stored_experts_is_linear_and_of_rotated_ones_less():
     assert first.last == pytest.approx(1, abs=1e-3)
     # Two layers; an expert has 2 matrices of 64 x 128, 192 biases and 64 router weights, 4 bytes each.
     assert first.bytes_per_expert == 2 * 4 * (2 * 64 * 128 + 192 + 64)
+    # Matrices of 8,192 trits are 1,639 bytes, with 192 scales.
+    [ternary] = scaling.growth(scaling.points(config, [Variant("ternary", "separate", Storage())], (64, 65)))
+    assert ternary.bytes_per_expert == 2 * (2 * 1639 + 4 * (192 + 192 + 64))
     # One pair of rotations: 2 stages x (32 + 64) angles of a byte, and a router column of 64 floats.
     assert second.bytes_per_expert == 2 * (192 + 4 * 64)
     sizes = [point.ledger.bytes_full_ffn for point in points if point.variant == butterfly]
@@ -106,14 +109,14 @@ def test_the_report_of_a_model(tmp_path):
     points = memory_report.write(config, Storage(), (1, 4), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(memory_report.OUTPUTS)
     lines = (tmp_path / "memory_totals.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(points) == 1 + 1 + 2 * (6 + 15)
+    assert len(lines) == 1 + len(points) == 1 + 1 + 2 * (6 + 1 + 15)
     assert lines[0].startswith("family,form,numbers,num_experts,params,bytes_paper,compression_paper,bytes_full,")
     assert (tmp_path / "memory.csv").read_text().splitlines()[0] == (
         "family,form,numbers,num_experts,component,params,bytes_paper,bytes_full"
     )
     stored = json.loads((tmp_path / "memory.json").read_text())
     assert [row["bytes_full"] for row in stored["points"]] == [point.ledger.bytes_full for point in points]
-    assert len(stored["growth"]) == 21
+    assert len(stored["growth"]) == 22
     assert (tmp_path / "plots" / "memory_vs_experts.png").stat().st_size > 10_000
     memory_report.write_energy(config, Storage(), (1, 2), tmp_path)
     rows = json.loads((tmp_path / "energy.json").read_text())

@@ -56,6 +56,7 @@ SHARED = "it must be a multiple of the {} devices that share it out"
         ({"family": "standard", "num_experts": 16}, {"expert": 1}, 8, (8, 1, 1)),
         ({"family": "standard", "num_experts": 16}, {"expert": 2, "model": 2}, 8, (2, 2, 2)),
         ({"family": "standard", "num_experts": 4, "moe_layers": "second"}, {}, 4, (1, 4, 1)),
+        ({"family": "ternary", "num_experts": 6}, {"model": 2}, 8, (2, 2, 2)),
         *[({"family": family, "num_experts": 16}, {}, 8, (8, 1, 1)) for family in ("dense", "butterfly")],
         *[({"family": "butterfly", "form": form}, {"model": 2}, 8, (4, 1, 2)) for form in ("tied", "reference")],
         # Images are split over the expert axis too, so a family without stored experts may have one.
@@ -87,6 +88,14 @@ def test_the_shape_of_the_mesh_by_hand(model, layout, count, shape):
         ({}, 6, {"model": 2}, 8, f"batch_size = 6: {SHARED.format(4)}"),
         ({}, 4, {"model": 2}, 8, None),
         ({"family": "dense"}, 4, {"model": 2}, 8, None),
+        ({"family": "ternary"}, 4, {"model": 2}, 8, None),
+        (
+            {"family": "ternary", "num_experts": 6},
+            32,
+            {"expert": 4},
+            8,
+            "expert_axis = 4: it must be a divisor of num_experts = 6",
+        ),
         (
             {"family": "butterfly"},
             4,
@@ -107,7 +116,7 @@ def test_what_does_not_divide_over_the_mesh_is_named(model, batch, layout, count
 
 
 @given(
-    family=st.sampled_from(["dense", "standard", "butterfly"]),
+    family=st.sampled_from(["dense", "standard", "ternary", "butterfly"]),
     experts=st.integers(1, 64),
     count=st.integers(1, 64),
     along_model=st.sampled_from([1, 2, 4]),
@@ -117,7 +126,7 @@ def test_the_automatic_mesh_uses_every_device_and_divides_the_experts(family, ex
     devices = count * along_model
     data, expert, found = sharding.mesh_shape(model, devices, Layout(model=along_model), devices)
     assert (data * expert * found, found) == (devices, along_model)
-    if family == "standard":
+    if family in ("standard", "ternary"):
         assert experts % expert == 0
         assert not any(experts % more == 0 == count % more for more in range(expert + 1, count + 1))
     else:
@@ -181,6 +190,7 @@ SPLIT_FFN = {
     },
     "butterfly": {},
 }
+SPLIT_FFN["ternary"] = SPLIT_FFN["standard"]
 
 
 @pytest.mark.parametrize(("family", "form"), KINDS)

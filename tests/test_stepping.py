@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax import data, sharding, train_step
+from bvit_jax import batches, data, sharding, train_step
 from bvit_jax.stepping import Stepper
 from tests.conftest import make_config
 
 CONFIG = make_config(
     "dense",
     seed=3,
-    data__noise=0.2,
+    augment__noise=0.2,
     model__num_layers=1,
     model__d_model=16,
     model__d_ff=32,
@@ -72,7 +72,7 @@ def test_the_whole_batch_is_the_one_that_the_step_takes(stepper):
     for number in (0, 1, 74, 75):  # 75 batches of 16 are an epoch of 1,200
         batch, indices = stepper.whole_batch(number)
         assert indices.shape == (16,)
-        np.testing.assert_array_equal(indices, data.batch_indices(1200, 16, 3, number))
+        np.testing.assert_array_equal(indices, batches.batch_indices(1200, 16, 3, number))
         np.testing.assert_array_equal(batch.images, split.images[indices])
         np.testing.assert_array_equal(batch.labels, split.labels[indices])
     assert (len(stepper.dataset.train), len(stepper.dataset.validation), len(stepper.dataset.test)) == (1200, 197, 400)

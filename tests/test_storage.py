@@ -28,6 +28,9 @@ MODELS: dict[str, dict[str, Any]] = {" ".join(kind): {"family": kind[0], "form":
     "every second layer": {"num_layers": 5, "moe_layers": "second"},
     "two segments of mixtures": {"num_layers": 4, "moe_layers": "1,2,3", "form": "tied", "d_model": 9, "num_heads": 3},
     "scale per tensor": {"ternary_scale": "tensor", "form": "reference"},
+    "ternary experts, every second layer": {"family": "ternary", "num_layers": 3, "moe_layers": "second"},
+    "ternary experts, scale per tensor": {"family": "ternary", "ternary_scale": "tensor"},
+    "ternary experts, no scale": {"family": "ternary", "ternary_scale": "none"},
     "no scale": {"ternary_scale": "none", "form": "reference"},
     "rounded in training": {"angle_bits": 6, "router_precision": "int4", "form": "tied"},
 }
@@ -74,7 +77,7 @@ def decode_all(arrays: dict[str, jax.Array], model: ModelConfig, stored_as: Stor
 def precision_of(path: str, model: ModelConfig, stored_as: Storage) -> str:
     """The format of a parameter that is no angles, from its name."""
     name = path.split("/ffn/")[-1]
-    if name.endswith("prototype"):
+    if name.endswith("prototype") or (model.family == "ternary" and name in ("up_kernel", "down_kernel")):
         return "float32" if model.ternary_scale == "none" else "ternary"
     if name == "router/kernel":
         return stored_as.router
@@ -105,7 +108,7 @@ def expected_value(path: str, values: np.ndarray, model: ModelConfig, stored_as:
         values = oracles.round_matrices(values, model.router_precision)
     if precision == "float32":
         return values
-    kind = model.ternary_scale if path.endswith("prototype") else "row"
+    kind = model.ternary_scale if path.endswith(("prototype", "up_kernel", "down_kernel")) else "row"
     return oracles.round_matrices(as_matrices(path, values), precision, kind).reshape(values.shape)
 
 
@@ -177,6 +180,31 @@ def test_layout_of_stored_experts_by_hand() -> None:
     assert found[f"{ffn}/down_kernel.scale"] == ("F32", (2, 3, 6))
     assert found[f"{ffn}/up_bias"] == ("F32", (2, 3, 10))
     assert found[f"{ffn}/router/kernel"] == ("BF16", (2, 6, 3))
+
+
+@pytest.mark.parametrize("experts", ["float32", "int4", "ternary"])
+def test_layout_of_ternary_experts_by_hand(experts: Any) -> None:
+    # Whatever the format of other experts: 2 layers x 3 experts of 6 x 10 = 60 trits, 12 bytes.
+    found = dtypes_and_shapes(small(family="ternary"), Storage(experts=experts))
+    ffn = "segment_0/block_0/ffn"
+    assert {name: value for name, value in found.items() if name.startswith(ffn + "/")} == {
+        f"{ffn}/up_kernel.codes": ("U8", (2, 3, 12)),
+        f"{ffn}/up_kernel.scale": ("F32", (2, 3, 10)),
+        f"{ffn}/up_bias": ("F32", (2, 3, 10)),
+        f"{ffn}/down_kernel.codes": ("U8", (2, 3, 12)),
+        f"{ffn}/down_kernel.scale": ("F32", (2, 3, 6)),
+        f"{ffn}/down_bias": ("F32", (2, 3, 6)),
+        f"{ffn}/router/kernel": ("F32", (2, 6, 3)),
+    }
+    found = dtypes_and_shapes(small(family="ternary", ternary_scale="tensor"), Storage(experts=experts, trits="2bit"))
+    assert found[f"{ffn}/down_kernel.codes"] == ("U8", (2, 3, 15))
+    assert found[f"{ffn}/down_kernel.scale"] == ("F32", (2, 3, 1))
+    found = dtypes_and_shapes(small(family="ternary", ternary_scale="none"), Storage(experts=experts))
+    assert found[f"{ffn}/down_kernel"] == ("F32", (2, 3, 10, 6))
+    # Dense FFNs beside them are stored as asked for.
+    found = dtypes_and_shapes(small(family="ternary", moe_layers="second"), Storage(experts="int8"))
+    assert found[f"{ffn}/up/kernel.codes"] == ("U8", (1, 60))
+    assert found["segment_1/block_0/ffn/up_kernel.codes"] == ("U8", (1, 3, 12))
 
 
 def test_layout_of_other_formats_by_hand() -> None:
@@ -274,12 +302,14 @@ def test_scales_of_attention_are_those_of_its_channels() -> None:
         np.testing.assert_allclose(arrays[f"{path}.scale"], largest / 127, rtol=1e-6)
 
 
-def test_scales_of_prototypes() -> None:
-    for kind, axes in (("row", (1,)), ("tensor", (1, 2))):
-        config = small(form="tied", ternary_scale=kind)
+@pytest.mark.parametrize(("family", "name", "lead"), [("butterfly", "prototype", 1), ("ternary", "down_kernel", 2)])
+def test_scales_of_ternary_matrices(family: str, name: str, lead: int) -> None:
+    for kind, axes in (("row", (-2,)), ("tensor", (-2, -1))):
+        config = small(family=family, form="tied", ternary_scale=kind)
         params = random_params(config)
-        path = "segment_0/block_0/ffn/prototype"
-        mean = np.abs(np.asarray(flat(params)[path], np.float64)).mean(axis=axes).reshape(2, -1)
+        path = f"segment_0/block_0/ffn/{name}"
+        matrices = np.asarray(flat(params)[path], np.float64)
+        mean = np.abs(matrices).mean(axis=axes).reshape(*matrices.shape[:lead], -1)
         np.testing.assert_allclose(storage.encode(params, config, Storage())[f"{path}.scale"], mean, rtol=1e-6)
 
 

@@ -81,6 +81,13 @@ def test_combinations_that_mean_the_same_model_are_one_trial(tmp_path):
     ]
 
 
+def test_a_single_expert_is_selected_alone_unless_the_grid_says_otherwise(tmp_path):
+    trials = sweep.expand(base(), {"model": {"num_experts": (1, 4)}}, tmp_path)
+    assert [(t.config.model.num_experts, t.config.model.top_k) for t in trials] == [(1, 1), (4, 2)]
+    trials = sweep.expand(base(), {"model": {"num_experts": (4,), "top_k": (1, 3)}}, tmp_path)
+    assert [trial.config.model.top_k for trial in trials] == [1, 3]
+
+
 def test_expanding_leaves_base_and_disk_alone(tmp_path):
     raw = base()
     trials = sweep.expand(raw, {"model": {"num_experts": (8, 16)}}, tmp_path / "new")
@@ -119,7 +126,8 @@ def test_settings_name_variants(tmp_path):
         ({"seed": {"model": (1,)}}, "grid.seed.model = 1: it must be of a section that the base has"),
         ({"model": {"expert": (4,)}}, "grid.model.expert = 4: it must be of a field that the base has"),
         ({"seeds": (0, 1)}, "grid.seeds = 0: it must be of a field that the base has"),
-        ({"model": {"num_experts": (4, 1)}}, "model.top_k = 2: it must be at most num_experts = 1"),
+        ({"model": {"num_experts": (1,), "top_k": (2,)}}, "model.top_k = 2: it must be at most num_experts = 1"),
+        ({"model": {"num_experts": (4, 0)}}, "model.num_experts = 0: it must be at least 1"),
         ({"seed": (0, "1")}, "seed = '1': it must be an integer"),
     ],
 )

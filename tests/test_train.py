@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from bvit_jax import (
+    batches,
     checkpoints,
     data,
     evaluate,
@@ -27,9 +28,11 @@ from bvit_jax import (
     train_step,
     trained,
 )
+from bvit_jax.batches import Batch
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sharding import Layout
+from bvit_jax.stepping import Stepper
 from tests.conftest import make_config, on_devices
 
 
@@ -100,17 +103,17 @@ def test_another_seed_gives_other_numbers(finished, tmp_path):
 @pytest.mark.parametrize(("stop_at", "kept"), [(1, 0), (4, 3), (5, 3), (7, 6)])
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished, tmp_path, monkeypatch, stop_at, kept):
     config, workdir, result = finished
-    batch = data.train_batch
+    batch = Stepper.batch
     steps = []
 
-    def cut(split: data.Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> data.Batch:
+    def cut(self: Stepper, step: int) -> Batch:
         if step + 1 == stop_at and step not in steps:
             steps.append(step)
             raise KeyboardInterrupt
         steps.append(step)
-        return batch(split, batch_size, seed, step, rows)
+        return batch(self, step)
 
-    monkeypatch.setattr(data, "train_batch", cut)
+    monkeypatch.setattr(Stepper, "batch", cut)
     with pytest.raises(KeyboardInterrupt):
         train.run(config, tmp_path, show_progress=False)
     assert not (tmp_path / "result.json").exists()
@@ -187,13 +190,13 @@ def test_a_run_cut_off_after_its_test_row_does_not_repeat_it(finished, tmp_path,
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *bad: int) -> None:
     """Makes the images of these steps (counted from 1) NaN."""
-    batch = data.train_batch
+    batch = Stepper.batch
 
-    def spoilt(split: data.Split, batch_size: int, seed: int, step: int, rows: np.ndarray) -> data.Batch:
-        good = batch(split, batch_size, seed, step, rows)
+    def spoilt(self: Stepper, step: int) -> Batch:
+        good = batch(self, step)
         return dataclasses.replace(good, images=good.images * np.float32("nan")) if step + 1 in bad else good
 
-    monkeypatch.setattr(data, "train_batch", spoilt)
+    monkeypatch.setattr(Stepper, "batch", spoilt)
 
 
 def incidents(workdir: Path) -> list[tuple[str, int]]:
@@ -213,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_report(tmp_path, monkeyp
     report = json.loads((tmp_path / "nonfinite" / "step_3.json").read_text())
     assert report["step"] == 3
     assert "angles" in report["groups"]
-    expected = data.batch_indices(len(data.load(config.data).train), config.batch_size, config.seed, 2)
+    expected = batches.batch_indices(len(data.load(config.data).train), config.batch_size, config.seed, 2)
     assert report["batch"]["indices"] == expected.tolist()
     assert [row["step"] for row in metrics.read_rows(tmp_path / "metrics.jsonl")] == [2, 2]
     assert incidents(tmp_path) == [("stopped", 3), ("resumed", 2), ("stopped", 3)]
@@ -236,23 +239,23 @@ def test_steps_that_are_not_finite_can_be_left_out_up_to_a_number(tmp_path, monk
 
 def told_to_stop(monkeypatch: pytest.MonkeyPatch, event: int) -> None:
     """Sends this process SIGTERM at the event of that number: batches of training and of evaluation, from 0."""
-    batch, evaluation = data.train_batch, data.eval_batches
+    batch, evaluation = Stepper.batch, data.eval_batches
     numbers = itertools.count()
 
     def count() -> None:
         if next(numbers) == event:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def train_batch(*arguments: Any) -> data.Batch:
+    def train_batch(self: Stepper, step: int) -> Batch:
         count()
-        return batch(*arguments)
+        return batch(self, step)
 
-    def eval_batches(*arguments: Any) -> Iterator[data.Batch]:
+    def eval_batches(*arguments: Any) -> Iterator[Batch]:
         for found in evaluation(*arguments):
             count()
             yield found
 
-    monkeypatch.setattr(data, "train_batch", train_batch)
+    monkeypatch.setattr(Stepper, "batch", train_batch)
     monkeypatch.setattr(data, "eval_batches", eval_batches)
 
 
@@ -296,14 +299,14 @@ def test_a_run_told_to_stop_again_and_again_ends_like_an_undisturbed_one(finishe
 def cut_off(config: Config, workdir: Path, step: int) -> None:
     """Interrupts a run before that step, counted from 1."""
     with pytest.MonkeyPatch.context() as patch:
-        batch = data.train_batch
+        batch = Stepper.batch
 
-        def cut(split: data.Split, batch_size: int, seed: int, number: int, rows: np.ndarray) -> data.Batch:
+        def cut(self: Stepper, number: int) -> Batch:
             if number + 1 == step:
                 raise KeyboardInterrupt
-            return batch(split, batch_size, seed, number, rows)
+            return batch(self, number)
 
-        patch.setattr(data, "train_batch", cut)
+        patch.setattr(Stepper, "batch", cut)
         with pytest.raises(KeyboardInterrupt):
             train.run(config, workdir, show_progress=False)
 
@@ -448,7 +451,7 @@ def losses_on(argument: str, count: int, layout: Layout) -> tuple[list[float], l
     """Returns loss and sample ids of every step, and the mesh's shape."""
     small = {"num_layers": 1, "d_model": 16, "d_ff": 32, "patch_size": 4, "router_noise": 0.5}
     config = make_config(argument, total_steps=STEPS, **{f"model__{name}": value for name, value in small.items()})
-    assert config.data.max_shift > 0 < config.data.noise
+    assert config.augment.max_shift > 0 < config.augment.noise
     placement = sharding.place(config.model, config.batch_size, layout, jax.devices()[:count])
     shardings = train_step.state_shardings(config, placement)
     split = {str(leaf.spec) for leaf in jax.tree.leaves(shardings) if not leaf.is_fully_replicated}
@@ -459,7 +462,7 @@ def losses_on(argument: str, count: int, layout: Layout) -> tuple[list[float], l
     key, rows = jax.random.key(config.seed), placement.host_rows(config.batch_size)
     losses, ids = [], []
     for number in range(STEPS):
-        index = data.batch_indices(len(images), config.batch_size, config.seed, number)
+        index = batches.batch_indices(len(images), config.batch_size, config.seed, number)
         batch = data.train_batch(images, config.batch_size, config.seed, number, rows)
         arrays = (batch.images, batch.labels, index[rows])
         placed = placement.put_batch(arrays, rows, config.batch_size)

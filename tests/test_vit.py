@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import math
@@ -301,7 +302,7 @@ def test_bfloat16_compute() -> None:
     assert jnp.abs(logits - expected).max() > 0
     block = vit.Block(narrow, is_moe=True, train=False)
     x = jax.ShapeDtypeStruct((2, 5, 12), jnp.bfloat16)
-    y, _ = jax.eval_shape(lambda p, x: block.apply({"params": p}, x, None), by_layer(narrow, params)[0], x)
+    y, _ = jax.eval_shape(lambda p, x: block.apply({"params": p}, x, None, None), by_layer(narrow, params)[0], x)
     assert y.dtype == jnp.bfloat16
     gradient = jax.eval_shape(jax.grad(lambda p: vit.apply(narrow, p, images)[0].sum()), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
@@ -311,17 +312,83 @@ def test_router_noise_in_training_alone() -> None:
     noisy, quiet = small(router_noise=1.0), small()
     params, images = random_params(noisy), random_images(noisy)
     key, other_key = jax.random.split(jax.random.key(0))
-    logits, reports = apply(noisy, params, images, router_key=key)
+    logits, reports = apply(noisy, params, images, train_key=key)
     evaluated, _ = apply(noisy, params, images)
     np.testing.assert_array_equal(evaluated, apply(quiet, params, images)[0])
-    np.testing.assert_array_equal(evaluated, apply(quiet, params, images, router_key=key)[0])
-    np.testing.assert_array_equal(logits, apply(noisy, params, images, router_key=key)[0])
+    np.testing.assert_array_equal(evaluated, apply(quiet, params, images, train_key=key)[0])
+    np.testing.assert_array_equal(logits, apply(noisy, params, images, train_key=key)[0])
     assert jnp.abs(logits - evaluated).max() > 1e-3
-    assert jnp.abs(logits - apply(noisy, params, images, router_key=other_key)[0]).max() > 1e-3
+    assert jnp.abs(logits - apply(noisy, params, images, train_key=other_key)[0]).max() > 1e-3
     # With routers of zeros noise alone selects, and every layer has its own.
     params["segment_0"]["block_0"]["ffn"]["router"]["kernel"] *= 0
-    _, reports = apply(noisy, params, images, router_key=key)
+    _, reports = apply(noisy, params, images, train_key=key)
     assert len({tuple(counts) for counts in np.asarray(reports.assignments_E)}) > 1
+
+
+def without_or_scaled(params: Any, attention: float, ffn: float) -> Any:
+    """Scales what the last of two dense layers adds by its attention and by its FFN."""
+    scales = {("attention", "out"): attention, ("ffn", "down"): ffn}
+
+    def scaled(path: Any, leaf: jax.Array) -> jax.Array:
+        factor = scales.get(tuple(part.key for part in path[2:4]), 1.0)
+        return leaf.at[1].multiply(factor) if path[0].key.startswith("segment") else leaf
+
+    return jax.tree_util.tree_map_with_path(scaled, params)
+
+
+def test_stochastic_depth_leaves_out_what_a_layer_adds_and_scales_up_the_rest() -> None:
+    # Shares 0 and 0.4: in the last layer attention and FFN each stay, scaled by 1 / 0.6, in 60 % of the images.
+    still = small(family="dense", num_layers=2)
+    deep = dataclasses.replace(still, stochastic_depth=0.4)
+    params = random_params(still)
+    images = jnp.broadcast_to(random_images(still, batch=1), (400, 8, 8, 1))
+    logits = np.asarray(apply(deep, params, images, train_key=jax.random.key(0))[0])
+    factors = itertools.product((0.0, 1 / 0.6), repeat=2)
+    expected = np.stack([apply(still, without_or_scaled(params, *pair), images[:1])[0][0] for pair in factors])
+    apart = np.abs(logits[:, None] - expected).max(axis=-1)
+    assert apart.min(axis=1).max() < 1e-4
+    counts = np.bincount(apart.argmin(axis=1), minlength=4) / 400
+    np.testing.assert_allclose(counts, [0.16, 0.24, 0.24, 0.36], atol=0.08)  # three standard deviations
+    np.testing.assert_array_equal(apply(deep, params, images[:2])[0], apply(still, params, images[:2])[0])
+
+
+def test_the_shares_of_stochastic_depth_rise_evenly_from_the_first_layer() -> None:
+    # The first layer of two is always whole: if the second adds nothing, nothing is random.
+    config = small(family="dense", stochastic_depth=0.5, num_layers=2)
+    params, images = random_params(config), random_images(config, batch=20)
+
+    def spread(layer: int) -> float:
+        silent = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (
+                leaf.at[layer].set(0) if path[0].key.startswith("segment") and path[3].key in ("out", "down") else leaf
+            ),
+            params,
+        )
+        logits = apply(config, silent, images, train_key=jax.random.key(0))[0]
+        return float(jnp.abs(logits - apply(config, silent, images)[0]).max())
+
+    assert spread(1) < 1e-5
+    assert spread(0) > 0.1
+
+
+def test_attention_dropout_is_drawn_for_each_image_and_in_training_alone() -> None:
+    config, still = small(attention_dropout=0.3), small()
+    params = random_params(config)
+    images = jnp.broadcast_to(random_images(config, batch=1), (4, 8, 8, 1))
+    key, other = jax.random.split(jax.random.key(0))
+    logits = apply(config, params, images, train_key=key)[0]
+    assert len({row.tobytes() for row in np.asarray(logits)}) == 4
+    np.testing.assert_array_equal(logits, apply(config, params, images, train_key=key)[0])
+    assert jnp.abs(logits - apply(config, params, images, train_key=other)[0]).max() > 1e-3
+    np.testing.assert_array_equal(apply(config, params, images)[0], apply(still, params, images)[0])
+
+
+def test_bytes_are_pixels_of_255_levels() -> None:
+    config = small()
+    params = random_params(config)
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
+    logits, expected = apply(config, params, images)[0], apply(config, params, images.astype(np.float32) / 255)[0]
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])

@@ -1,0 +1,132 @@
+"""Images of prepared sets: what is read as it is needed is what memory holds, on any number of hosts."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bvit_jax import batches, data, prepared
+from bvit_jax.data_config import DataConfig
+from bvit_jax.model_config import ConfigError
+from tests import made_archive
+
+JPEGS = DataConfig(
+    name="tiny_jpegs",
+    reading="stream",
+    test_split="validation",
+    stored_size=24,
+    image_size=16,
+    channels=3,
+    num_classes=4,
+    num_train=30,
+    num_validation=7,
+    num_test=11,
+    seed=0,
+)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_archive.prepare_jpegs(tmp_path_factory.mktemp("prepared"), train=40, validation=11)
+
+
+@pytest.fixture(autouse=True)
+def in_data_dir(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(prepared.DATA_DIR_VARIABLE, str(data_dir))
+
+
+@pytest.fixture(scope="module")
+def both(data_dir: Path) -> Iterator[tuple[data.Dataset, data.Dataset]]:
+    """The same images, in memory and read as they are needed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(prepared.DATA_DIR_VARIABLE, str(data_dir))
+        yield data.load(dataclasses.replace(JPEGS, reading="memory")), data.load(JPEGS)
+
+
+def assert_same(found: batches.Batch, expected: batches.Batch) -> None:
+    for name in ("images", "labels", "weights"):
+        here, there = getattr(found, name), getattr(expected, name)
+        np.testing.assert_array_equal(here, there)
+        assert here.dtype == there.dtype
+
+
+def test_the_splits_are_as_asked_and_have_no_image_in_common(both):
+    for dataset in both:
+        assert [len(split) for split in (dataset.train, dataset.validation, dataset.test)] == [30, 7, 11]
+    held = both[0]
+    images = [image.tobytes() for split in (held.train, held.validation, held.test) for image in split.images]
+    assert len(set(images)) == 48
+    assert held.train.images.shape == (30, 24, 24, 3)
+    assert held.train.images.dtype == np.uint8
+    assert held.digest == both[1].digest != ""
+    assert len(held.class_names) == 4
+
+
+def test_what_is_streamed_is_what_memory_holds(both):
+    held, streamed = both
+    rows = np.arange(8)
+    for name in ("train", "validation", "test"):
+        pair = [list(data.eval_batches(getattr(dataset, name), 8, rows)) for dataset in (streamed, held)]
+        assert len(pair[0]) == -(-len(getattr(held, name)) // 8)
+        for found, expected in zip(*pair, strict=True):
+            assert_same(found, expected)
+    steps = range(3, 12)  # 30 images are not quite four batches: epochs change within a batch
+    pair = [data.train_batches(dataset.train, 8, 5, steps, rows) for dataset in (streamed, held)]
+    for found, expected in zip(*pair, strict=True):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("reading", [0, 1])
+def test_the_batches_are_the_same_on_any_number_of_hosts_and_after_a_resume(both, hosts, reading):
+    split = both[reading].train
+    whole = list(data.train_batches(both[0].train, 8, 5, range(10), np.arange(8)))
+    for first in (0, 6):
+        parts = [data.train_batches(split, 8, 5, range(first, 10), rows) for rows in np.split(np.arange(8), hosts)]
+        for expected, *found in zip(whole[first:], *parts, strict=True):
+            for name in ("images", "labels", "weights"):
+                joined = np.concatenate([getattr(part, name) for part in found])
+                np.testing.assert_array_equal(joined, getattr(expected, name))
+
+
+def test_an_iterator_that_is_left_early_does_no_harm(both):
+    split = both[1].train
+    for _ in range(3):
+        first = list(itertools.islice(data.train_batches(split, 8, 5, range(2**31 - 1), np.arange(8)), 2))
+        assert_same(first[1], data.train_batch(split, 8, 5, 1, np.arange(8)))
+
+
+def test_validation_does_not_depend_on_how_many_images_are_trained_on(both):
+    fewer = data.load(dataclasses.replace(JPEGS, reading="memory", num_train=5))
+    assert len(fewer.train) == 5
+    np.testing.assert_array_equal(fewer.validation.images, both[0].validation.images)
+    other = data.load(dataclasses.replace(JPEGS, reading="memory", seed=1))
+    assert {i.tobytes() for i in other.validation.images} != {i.tobytes() for i in both[0].validation.images}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_train": 34}, "data.num_train = 34: it must be 33 at most: split train holds 40, 7 of them are for"),
+        ({"num_validation": 40}, "data.num_validation = 40: it must be under 40, the images of split train"),
+        ({"num_test": 12}, "data.num_test = 12: it must be 11 at most, of validation"),
+        ({"test_split": "test"}, "data.test_split = 'test': it must be train or validation"),
+        ({"num_classes": 5}, "data.num_classes = 5: it must be 4, of tiny_jpegs"),
+        ({"name": "tiny_pngs"}, "data.name = 'tiny_pngs': not prepared in "),
+    ],
+)
+def test_a_set_that_is_not_as_configured_is_refused_before_an_image_is_read(changes, message, monkeypatch):
+    monkeypatch.setattr(prepared.Source, "read", lambda *_: pytest.fail("an image was read"))
+    config = dataclasses.replace(JPEGS, reading="memory", **changes)
+    for look in (data.check, data.load):
+        with pytest.raises(ConfigError) as raised:
+            look(config)
+        assert str(raised.value).startswith(message)
+
+
+def test_sets_that_are_always_there_are_found(monkeypatch):
+    monkeypatch.setenv(prepared.DATA_DIR_VARIABLE, "/nowhere")
+    data.check(dataclasses.replace(JPEGS, name="procedural"))
