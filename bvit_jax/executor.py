@@ -7,7 +7,6 @@ accelerator belongs to one process at a time, so there trials run one by one.
 import contextlib
 import dataclasses
 import multiprocessing
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bvit_jax import failures, preemption, trial_process
+from bvit_jax import cores, failures, preemption, trial_process
 from bvit_jax.failures import Failures
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sweep import Trial
@@ -39,7 +38,7 @@ class Platform:
     @property
     def default_jobs(self) -> int:
         """Trials to run at a time: one per core on CPUs, up to 8; one on accelerators."""
-        return min(len(_cores()), 8) if self.backend == "cpu" else 1
+        return min(len(cores.available()), 8) if self.backend == "cpu" else 1
 
 
 def probe_platform() -> Platform:
@@ -168,8 +167,8 @@ class _Runner:
 
     def _start(self, trial: Trial, slot: int) -> None:
         self._failed.forget(trial)
-        cores = _cores()
-        share = cores[slot :: self._jobs] or cores
+        every = cores.available()
+        share = every[slot :: self._jobs] or every
         context = multiprocessing.get_context("spawn")
         try:
             here, there = context.Pipe()
@@ -238,8 +237,3 @@ class _Runner:
         """Adds up the newest throughputs of the trials that have one."""
         newest = (job.trial.rows("timing.jsonl")[-1:] for job in self._running.values())
         return sum(row.get("images_per_second", 0.0) for rows in newest for row in rows)
-
-
-def _cores() -> list[int]:
-    """The cores that this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

@@ -72,11 +72,13 @@ class Plan:
 
 def draw(key: jax.Array, config: AugmentConfig) -> Plan:
     """Draws an image's operations, evenly and with replacement, and for each its level and whether it is done."""
-    operation_N, done_N, level_N, sign_N = jax.random.uniform(key, (4, config.randaugment_ops), minval=_SMALLEST)
+    even_key, normal_key = jax.random.split(key)
+    operation_N, done_N, sign_N = jax.random.uniform(even_key, (3, config.randaugment_ops))
     drawn_N = jnp.floor(Operation.NOTHING * operation_N).astype(jnp.int32)
-    deviates_N = config.randaugment_deviation * jax.scipy.special.ndtri(level_N)
+    deviates_N = config.randaugment_deviation * jax.random.normal(normal_key, drawn_N.shape)
     levels_N = jnp.clip(config.randaugment_magnitude + deviates_N, 0.0, 10.0)
-    done_N, signs_N = done_N < config.randaugment_probability, jnp.where(sign_N < 0.5, -1.0, 1.0)
+    signs_N = jnp.where(sign_N < 0.5, -1.0, 1.0)
+    done_N = done_N < config.randaugment_probability
     return Plan(jnp.where(done_N, drawn_N, Operation.NOTHING), argument(drawn_N, levels_N, signs_N))
 
 

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
-from bvit_jax import prepared
+from bvit_jax import cores, prepared
 from bvit_jax.batches import PADDING, Batch, Plan
 from bvit_jax.prepared import Source
 
 BATCHES_AHEAD = 2
+CORES_A_WORKER = 16
+"""Decoding takes Python's lock often enough that one process cannot use more; machines with more have several read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +41,10 @@ class Streamed:
     def batches(self, plan: Plan, numbers: range) -> Iterator[Batch]:
         """Yields the batches of these numbers, some read ahead; padding is images of zeros with label 0."""
         read = grain.MapDataset.source(numbers).map(lambda number: self._read(plan(number)))
-        yield from read.to_iter_dataset(
-            grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
-        )
+        ahead = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
+        # Grain's workers read command-line flags, which notebooks do not parse.
+        workers = len(cores.available()) // CORES_A_WORKER if flags.FLAGS.is_parsed() else 0
+        yield from read.to_iter_dataset(ahead).mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
     def read_all(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns all images, uint8 (n, S, S, c), and labels, int32 (n,)."""

@@ -132,11 +132,10 @@ def test_rectangles_lie_inside_and_anywhere():
 
 def test_rectangles_that_do_not_fit_are_drawn_again_and_at_last_cut():
     # An area of 0.8 to 1 in a ratio of 3/4 to 4/3 fits with a chance of 0.37, and ten times not with one of 0.009: if
-    # none were drawn again, 0.63 would have a side of 100. Of those that fit, few do within half a pixel.
-    _, _, height, width = rectangles(4000, 100, (0.8, 1.0), (3 / 4, 4 / 3))
-    assert 0.009 < np.mean(np.maximum(height, width) == 100) < 0.15
-    assert np.mean(height * width / 1e4 < 0.79) < 0.005
-    # No rectangle of the whole area and a ratio of 4 fits: one of 200 x 50 becomes one of 100 x 50.
+    # none were drawn again, 0.63 would have a side of 1000. Of those that fit, few do within half a pixel.
+    _, _, height, width = rectangles(4000, 1000, (0.8, 1.0), (3 / 4, 4 / 3))
+    assert 0.003 < np.mean(np.maximum(height, width) == 1000) < 0.04
+    # No rectangle of the whole area and a ratio of 4 fits: of 100 x 100, one of 200 x 50 becomes one of 100 x 50.
     _, _, height, width = rectangles(5, 100, (1.0, 1.0), (4.0, 4.0001))
     assert set(zip(height.tolist(), width.tolist(), strict=True)) == {(50, 100)}
     assert (rectangles(20, 1, (0.02, 1 / 3), (0.3, 3.3)) == np.array([[0], [0], [1], [1]])).all()
@@ -225,11 +224,11 @@ def test_an_image_becomes_what_its_key_says_whatever_else_is_in_the_batch(key):
 
 
 def test_images_of_one_key_are_treated_alike_and_of_others_not(key):
-    images = np.repeat(random_images(1, 16, 3), 40, axis=0)
-    same = np.asarray(apply(jnp.repeat(key[None], 40), images, 16, RECIPE))
-    np.testing.assert_allclose(same, np.repeat(same[:1], 40, axis=0), atol=1e-6)
-    others = augmented(key, images, RECIPE)
-    assert len(np.unique(others.reshape(40, -1), axis=0)) == 40
+    config = dataclasses.replace(RECIPE, noise=0.1)
+    images = np.repeat(random_images(1, 9, 3), 7, axis=0)
+    same = np.asarray(apply(jnp.repeat(key[None], 7), images, 8, config))
+    np.testing.assert_allclose(same, np.repeat(same[:1], 7, axis=0), atol=1e-6)
+    assert len(np.unique(augmented(key, images, config, 8).reshape(7, -1), axis=0)) == 7
 
 
 def test_jit_equals_eager_and_the_images_are_floats(key):
@@ -250,9 +249,6 @@ def test_a_part_draws_the_same_with_and_without_the_others(key):
     erased = augmented(key, images, dataclasses.replace(CONFIG, erase_probability=0.5))
     both = augmented(key, images, dataclasses.replace(CONFIG, flip_probability=0.5, erase_probability=0.5))
     np.testing.assert_array_equal(both, np.where(erased != images, erased, flipped))
-    moved = augmented(key, images, SHIFT)
-    both = augmented(key, images, dataclasses.replace(SHIFT, noise=0.1))
-    np.testing.assert_allclose(both, moved + noise, atol=1e-6)
 
 
 def test_parts_are_drawn_apart(key):
@@ -264,7 +260,7 @@ def test_parts_are_drawn_apart(key):
     assert np.abs(np.corrcoef([flipped, erased, moved]) - np.eye(3)).max() < 0.1
 
 
-@pytest.mark.parametrize(("batch", "size", "channels"), [(3, 1, 1), (1, 2, 3), (5, 8, 1)])
+@pytest.mark.parametrize(("batch", "size", "channels"), [(3, 1, 3), (1, 8, 1)])
 def test_the_whole_recipe_takes_small_images(key, batch, size, channels):
     images = random_images(batch, size, channels)
     result = augmented(key, images, RECIPE)

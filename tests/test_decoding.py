@@ -85,6 +85,13 @@ def test_a_fraction_looks_like_the_whole(height, width, size):
     np.testing.assert_allclose(found, resized(waves[..., None], size), atol=3)
 
 
+def test_the_square_of_a_fraction_ends_where_that_of_the_whole_does():
+    """33 pixels at 1/8 are 5, of which the last is an eighth full."""
+    ramp = np.arange(33 * 33).reshape(33, 33) % 33 * 7
+    found = decoding.decode(encode(ramp.astype(np.uint8), "JPEG", quality=95), 4, 1)
+    np.testing.assert_allclose(found, resized(ramp[..., None], 4), atol=8)
+
+
 def test_colours_turn_grey_by_luma_and_grey_turns_to_three_equal_channels():
     red = np.zeros((4, 4, 3), np.uint8)
     red[..., 0] = 255

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bvit_jax import executor, preemption, sweep, train
+from bvit_jax import cores, executor, preemption, sweep, train
 from bvit_jax.failures import Failures
 from bvit_jax.model_config import ConfigError
 from tests.conftest import make_config
@@ -164,7 +164,7 @@ def test_a_cause_longer_than_a_pipe_holds_arrives_whole(tmp_path):
 
 
 def test_default_jobs_depend_on_the_backend(monkeypatch):
-    monkeypatch.setattr(executor, "_cores", lambda: list(range(64)))
+    monkeypatch.setattr(cores, "available", lambda: list(range(64)))
     for backend, jobs in (("cpu", 8), ("tpu", 1), ("gpu", 1)):
         assert executor.Platform(backend, 4).default_jobs == jobs
 

@@ -28,8 +28,7 @@ def draws(config: object, count: int, size: int) -> np.ndarray:
     return np.asarray(jax.jit(jax.vmap(lambda key: mixing.draw(key, size, config)))(keys))
 
 
-@pytest.mark.parametrize("config", [MIXUP, CUTMIX, BOTH])
-@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+@pytest.mark.parametrize(("config", "batch"), [(MIXUP, 2), (CUTMIX, 5), (BOTH, 8), (CUTMIX, 1)])
 def test_neighbours_are_mixed_and_labels_go_with_them(key, config, batch):
     images, labels = random_batch(batch)
     mixed, report = mix(key, images, labels, config)
@@ -70,7 +69,7 @@ def test_a_box_by_hand():
 
 
 @given(st.floats(0, 1, width=32), st.integers(1, 40), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_box_is_timms(share, size, data):
     middle = [data.draw(st.integers(0, size - 1)) for _ in range(2)]
     half = int(np.float32(size) * np.sqrt(np.float32(1) - np.float32(share))) // 2

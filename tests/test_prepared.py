@@ -116,7 +116,8 @@ def test_the_newest_version_is_opened_unless_another_is_named(version):
     (version.parent / "3.0.0").mkdir()
     assert prepared.open_set("tiny_jpegs").version == "1.10.0"
     assert prepared.open_set("tiny_jpegs:1.9.0").version == "1.9.0"
-    with pytest.raises(ConfigError, match=r"'tiny_jpegs:2.0.0'.*there: tiny_jpegs:1.0.0, tiny_jpegs:1.10.0, tiny_jp"):
+    there = "tiny_jpegs:1.0.0, tiny_jpegs:1.10.0, tiny_jpegs:1.9.0"
+    with pytest.raises(ConfigError, match=rf"'tiny_jpegs:2.0.0': not prepared in .* \(there: {there}\)"):
         prepared.open_set("tiny_jpegs:2.0.0")
 
 
@@ -161,9 +162,11 @@ def test_another_file_format_is_refused_with_what_to_run(place, version, fields)
     )
 
 
-def test_array_record_beside_another_format_is_read(version):
-    describe(version, fileFormat="tfrecord", alternativeFileFormats=["array_record"])
-    assert prepared.open_set("tiny_jpegs").source("train").read(np.arange(40), 8, 3)[1].tolist()
+@pytest.mark.parametrize("first", ["tfrecord", "parquet"])
+def test_array_record_beside_another_format_is_read(version, first):
+    describe(version, fileFormat=first, alternativeFileFormats=["array_record"])
+    _, labels = prepared.open_set("tiny_jpegs").source("train").read(np.arange(40), 8, 3)
+    np.testing.assert_array_equal(labels, np.array(stored_order("train", 40)) % 4)
 
 
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
@@ -183,6 +186,11 @@ def test_a_damaged_description_is_said(version, file, content):
         (
             {"image": tfds.features.Image(), "label": tfds.features.Scalar(np.int64)},
             {"image": tiny_png(), "label": 1},
+            "must have an image and a label.*it has image, label$",
+        ),
+        (
+            {"image": tfds.features.Text(), "label": LABEL},
+            {"image": "a horse", "label": 1},
             "must have an image and a label.*it has image, label$",
         ),
         (

@@ -173,6 +173,13 @@ def test_one_process_does_its_work_itself():
         processes.on_first(lambda: 1 // 0)
     processes.check_same("seed", "3")
     assert [processes.all_agree(holds) for holds in (True, False)] == [True, False]
+    assert processes.in_all(lambda: content) is content
+    with pytest.raises(ConfigError, match="^no such images$"):
+        processes.in_all(lambda: fail(ConfigError("no such images")))
+
+
+def fail(error: Exception) -> Any:
+    raise error
 
 
 # Two processes
@@ -263,9 +270,6 @@ def talk(port: int, number: int, folder: str) -> None:
         done.append(number)
         return {"number": number, "nested": [1, 0.5, None, {"é": "ü" * 5000}]}
 
-    def fail(error: Exception) -> Any:
-        raise error
-
     found: dict[str, Any] = {
         "is_first": processes.is_first(),
         "returned": processes.on_first(work),
@@ -277,6 +281,8 @@ def talk(port: int, number: int, folder: str) -> None:
         "other": raised(lambda: processes.check_same("seed", f"1{number}")),
         "longer": raised(lambda: processes.check_same("seed", "ä" * (3 + 2 * number))),
         "agreed": [processes.all_agree(holds) for holds in (True, number == 0, number == 1, False)],
+        "each": processes.in_all(lambda: number),
+        "not in one": raised(lambda: processes.in_all(lambda: number or fail(ConfigError("no such images")))),
         "after all": processes.on_first(lambda: number),
     }
 
@@ -364,6 +370,13 @@ def test_an_error_of_the_first_is_one_of_all(pair):
 def test_all_agree_only_if_each_does(pair):
     for found in pair[1]:
         assert found["agreed"] == [True, False, False, False]
+
+
+def test_what_one_process_lacks_stops_all(pair):
+    first, second = pair[1]
+    assert (first["each"], second["each"]) == (0, 1)
+    assert first["not in one"] == ["ConfigError", "no such images"]
+    assert second["not in one"][1].startswith("another process of the run cannot go on")
 
 
 def test_the_process_that_differs_is_named_in_all(pair):

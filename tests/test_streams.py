@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
-from bvit_jax import batches, data, prepared
+from bvit_jax import batches, cores, data, prepared, streams
 from bvit_jax.data_config import DataConfig
 from bvit_jax.model_config import ConfigError
 from tests import made_archive
@@ -90,6 +91,17 @@ def test_the_batches_are_the_same_on_any_number_of_hosts_and_after_a_resume(both
             for name in ("images", "labels", "weights"):
                 joined = np.concatenate([getattr(part, name) for part in found])
                 np.testing.assert_array_equal(joined, getattr(expected, name))
+
+
+def test_processes_that_read_give_the_same_batches(both, monkeypatch):
+    monkeypatch.setattr(cores, "available", lambda: list(range(2 * streams.CORES_A_WORKER)))
+    flags.FLAGS.mark_as_parsed()
+    try:
+        pair = [data.train_batches(dataset.train, 8, 5, range(5), np.arange(8)) for dataset in reversed(both)]
+        for found, expected in zip(*pair, strict=True):
+            assert_same(found, expected)
+    finally:
+        flags.FLAGS.unparse_flags()
 
 
 def test_an_iterator_that_is_left_early_does_no_harm(both):
