@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from bvit_jax import decoding
+from bvit_jax import cores, decoding
 from bvit_jax.model_config import ConfigError
 
 DATA_DIR_VARIABLE = "TFDS_DATA_DIR"
@@ -105,7 +105,7 @@ class Source:
         if len(indices) and not 0 <= np.min(indices) <= np.max(indices) < len(self):
             raise IndexError(f"indices {np.min(indices)} to {np.max(indices)}: {self.name} has {len(self)} images")
         labels = np.empty(len(indices), np.int32)
-        length = max(1, min(_LARGEST_PIECE, len(indices) // (_PIECES * _num_threads())))
+        length = max(1, min(_LARGEST_PIECE, len(indices) // (_PIECES * len(cores.available()))))
 
         def fill(start: int) -> None:
             piece = indices[start : start + length].tolist()
@@ -307,12 +307,7 @@ def _gist(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _num_threads() -> int:
-    """Returns the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @functools.cache
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
     """Returns the threads that decode, shared by all sources; Pillow decodes outside the interpreter's lock."""
-    return concurrent.futures.ThreadPoolExecutor(_num_threads(), thread_name_prefix="decode")
+    return concurrent.futures.ThreadPoolExecutor(len(cores.available()), thread_name_prefix="decode")
