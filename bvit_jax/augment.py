@@ -20,6 +20,7 @@ ERASE_RATIOS = (0.3, 1 / 0.3)
 ERASE_MEAN, ERASE_DEVIATION = 0.5, 0.25
 """Of the noise, about those of natural images: rectangles stand out by their texture, not by their brightness."""
 TRIES = 10
+"""Draws of a rectangle before one that does not fit is cut."""
 
 
 @struct.dataclass

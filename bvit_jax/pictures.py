@@ -28,19 +28,17 @@ def pairs(
     """
     rows = -(-len(captions) // ACROSS)
     figure = Figure(figsize=(1.25 * ACROSS, 3.1 * rows + 0.4), layout="constrained", dpi=110)
-    panels = figure.subplots(2 * rows, ACROSS, squeeze=False)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for index, caption in enumerate(captions):
-        row, column = divmod(index, ACROSS)
-        for axes, image in (
-            (panels[2 * row, column], above_nxHxWxc[index]),
-            (panels[2 * row + 1, column], below_nxHxWxc[index]),
-        ):
-            grey = image.shape[-1] == 1
-            axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
-        # Axes are off, so the caption is text, which the layout leaves room for.
-        panels[2 * row + 1, column].set_title(caption, fontsize=7, y=-0.02, va="top")
+    for row, part in enumerate(figure.subfigures(rows, 1, squeeze=False)[:, 0]):
+        here = slice(row * ACROSS, (row + 1) * ACROSS)
+        panels = part.subplots(2, ACROSS)
+        for axes in panels.flat:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        for line, images in zip(panels, (above_nxHxWxc[here], below_nxHxWxc[here]), strict=True):
+            for axes, image in zip(line, images, strict=False):
+                grey = image.shape[-1] == 1
+                axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
+        for axes, caption in zip(panels[1], captions[here], strict=False):
+            axes.set_xlabel(caption, fontsize=7)
     figure.suptitle(title, fontsize=10)
     FigureCanvasAgg(figure)
     figure.savefig(path, format="png")

@@ -85,7 +85,7 @@ def draw(key: jax.Array, config: AugmentConfig) -> Plan:
 def argument(operation: jax.Array, level: jax.Array, sign: jax.Array) -> jax.Array:
     """Returns the argument of an operation at a level of 0 to 10, float32; `sign` is 1 or -1, for those with two."""
     share = level / 10
-    factor = jnp.maximum(0.1, 1 + 0.9 * share * sign)
+    factor = 1 + 0.9 * share * sign
     arguments = {
         Operation.ROTATE: 30 * share * sign,
         Operation.POSTERIZE: 4 - jnp.floor(4 * share),
@@ -167,7 +167,7 @@ def _curved(image: jax.Array, operation: jax.Array, argument: jax.Array) -> jax.
         Operation.INVERT: 1 - image,
         Operation.POSTERIZE: jnp.floor(levels / step) * step / 255,
         Operation.SOLARIZE: jnp.where(levels < argument, image, 1 - image),
-        Operation.SOLARIZE_ADD: jnp.where(levels < 128, jnp.minimum(image + argument / 255, 1.0), image),
+        Operation.SOLARIZE_ADD: jnp.where(levels < 128, image + argument / 255, image),
     }
     for each, curve in curves.items():
         image = jnp.where(operation == each, curve, image)

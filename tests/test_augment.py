@@ -157,7 +157,7 @@ def test_a_resized_crop_is_what_pillow_cuts_out_and_resizes(key, stored, size):
 
 
 def test_without_a_crop_the_whole_image_is_resized(key):
-    images = random_images(3, 12, 1)
+    images = random_images(8, 60, 1)
     result = augmented(key, images, CONFIG, 8)
     for image, got in zip(images, result, strict=True):
         expected = Image.fromarray(image[..., 0]).resize((8, 8), Image.Resampling.BILINEAR)

@@ -183,6 +183,15 @@ def test_few_pixels_are_too_few_to_equalize():
     np.testing.assert_allclose(done(levels, (Operation.EQUALIZE, 0.0)), levels, atol=1e-4)
 
 
+def test_equalize_by_hand():
+    # 16 x 16 pixels: 0 to 84, each three times, and one of 200, which is the highest and does not count: 255 pixels
+    # on 255 steps, one a step. Under level v lie 3 v pixels, and under 200 all 255.
+    levels = np.append(np.arange(255) // 3, 200).astype(np.uint8).reshape(16, 16, 1)
+    expected = np.append(np.arange(255) // 3 * 3, 255).reshape(16, 16, 1)
+    np.testing.assert_allclose(done(levels, (Operation.EQUALIZE, 0.0)), expected, atol=1e-3)
+    np.testing.assert_array_equal(oracle(pillow(levels), Operation.EQUALIZE, 0.0), expected)
+
+
 @pytest.mark.parametrize("concentrated", [0, 255, 100])
 def test_equalize_counts_like_pillow_with_most_pixels_at_one_level(concentrated):
     levels = levels_image(40, 3)
@@ -210,8 +219,8 @@ def test_each_image_gets_its_own_operation():
         np.testing.assert_allclose(255 * np.asarray(result).transpose(1, 2, 0), alone, atol=1e-3)
 
 
-# Levels and what timm 1.0 makes of them, by hand: rotation 30 l / 10, shear 0.3 l / 10, translation 0.45 l / 10,
-# factor max(0.1, 1 +- 0.9 l / 10), bits 4 - int(4 l / 10), threshold 256 - int(256 l / 10), added int(110 l / 10).
+# Levels and what timm makes of them, by hand: rotation 30 l / 10, shear 0.3 l / 10, translation 0.45 l / 10,
+# factor 1 +- 0.9 l / 10, bits 4 - int(4 l / 10), threshold 256 - int(256 l / 10), added int(110 l / 10).
 @pytest.mark.parametrize(
     ("level", "rotate", "shear", "translate", "factors", "bits", "threshold", "added"),
     [
@@ -246,11 +255,14 @@ def drawn(key: jax.Array, count: int, **changes: object) -> tuple[np.ndarray, np
 
 
 def test_operations_are_drawn_evenly_and_done_with_their_probability(key):
-    operations, _ = drawn(key, 6000, randaugment_ops=2, randaugment_probability=0.6)
+    operations, arguments = drawn(key, 6000, randaugment_ops=2, randaugment_probability=0.6)
     # 12,000 draws: 0.4 nothing (deviation 0.0045), each of 15 operations 0.04 (deviation 0.0018).
     counts = np.bincount(operations.reshape(-1), minlength=16) / operations.size
     assert counts[Operation.NOTHING] == pytest.approx(0.4, abs=0.018)
     assert np.abs(counts[:15] - 0.04).max() < 0.0075
+    # What is done has either sign: about 2,400 of the movements' 12,000 x 0.2, deviation 0.01.
+    movements = arguments[np.isin(operations, (Operation.ROTATE, *range(Operation.SHEAR_X, Operation.NOTHING)))]
+    assert np.mean(movements > 0) == pytest.approx(0.5, abs=0.045)
     # Drawn with replacement, and apart: of those both done, 1 in 15 are twice the same.
     both = operations[(operations != Operation.NOTHING).all(axis=1)]
     assert len(both) / len(operations) == pytest.approx(0.36, abs=0.025)

@@ -76,12 +76,13 @@ def test_every_line_moves_by_its_own_offset(size, reach, axis, start, length, da
                 assert result[got] == (image[read] if 0 <= place < size else np.float32(FILL))
 
 
-def test_all_offsets_within_reach_are_told_apart():
-    # 0 to 2 x 101 are three digits of base 8, of which the first is 3 at most.
+@pytest.mark.parametrize("reach", [1, 3, 4, 31, 32, 101])
+def test_all_offsets_within_reach_are_told_apart(reach):
+    # 0 to 2 x 3 are one digit of base 8, 0 to 2 x 4 and 2 x 31 two, 0 to 2 x 32 and 2 x 101 three.
     image = jnp.arange(1.0, 301.0).reshape(1, 1, 300)
-    for offset in range(-101, 102):
-        moved = warp.moved(image, jnp.full((1, 1, 1), offset), 2, 101, 0.0)
-        assert moved[0, 0, 150] == 151 + offset
+    offsets = jnp.arange(-reach, reach + 1)
+    read = jax.vmap(lambda offset: warp.moved(image, offset.reshape(1, 1, 1), 2, reach, 0.0, (150, 151)))(offsets)
+    np.testing.assert_array_equal(read.reshape(-1), 151 + offsets)
 
 
 def test_half_a_pixel_is_the_mean_of_two_and_of_one_and_the_fill():
