@@ -79,10 +79,11 @@ def test_a_config_without_a_sweep_is_refused(tmp_path):
 
 
 def test_help_says_how_to_start():
-    for name in ("train", "sweep", "export", "evaluate", "predict", "memory", "compile_tpu", "bench"):
+    names = ("train", "sweep", "export", "evaluate", "predict", "memory", "compile_tpu", "bench")
+    for name in (*names, "prepare_data", "show_batch", "bench_data"):
         shown = start(f"experiments.{name}", "--help").stdout
         assert f"python -m experiments.{name}" in shown
-        assert "--workdir" in shown or "--model" in shown or "--out" in shown
+        assert "--workdir" in shown or "--model" in shown or "--out" in shown or "--data_dir" in shown
 
 
 def test_arguments_that_are_no_flags_are_refused(tmp_path):
