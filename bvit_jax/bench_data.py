@@ -3,6 +3,10 @@
 Each part is timed alone, and steps that get their batches as a run does are timed in turn with steps that get the same
 batch again, which is on the device already; the order changes from turn to turn, and what counts is the median of the
 differences.
+
+Every part that takes batches has a reader of its own, which goes on from window to window. Before a window, a part does
+its work until what its reader had ready (`_held`) is used up, so that no batch of the window comes for nothing; while
+other parts are timed, its reader gets as many ready again and stops.
 """
 
 import itertools
@@ -15,13 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from bvit_jax import sharding, train_step
+from bvit_jax import cores, data, sharding, streams, train_step
+from bvit_jax.batches import Batch
 from bvit_jax.config import Config
-from bvit_jax.stepping import Stepper
+from bvit_jax.stepping import MOST_STEPS, Inputs, Stepper
 
 WINDOW_SECONDS = 0.5
 """A timed window is as many batches or steps as take this long, at least."""
-WARM_UP_STEPS = 3
 
 COLUMNS: dict[str, str] = {
     "load_average": "programs that wanted a core in the minute before the start",
@@ -60,9 +64,7 @@ def measure(config: Config, repeats: int, on_repeat: Callable[[], Any] = lambda:
         ConfigError: if the images are not there, or the model or its batch does not divide over the devices.
     """
     load_average = os.getloadavg()[0]
-    start = time.perf_counter()
     bench = _Bench(config)
-    open_seconds = time.perf_counter() - start
     windows = {name: _window(work) for name, work in bench.parts().items()}
     turns: list[dict[str, float]] = []
     for turn in range(repeats):
@@ -79,7 +81,7 @@ def measure(config: Config, repeats: int, on_repeat: Callable[[], Any] = lambda:
         "batch_size": config.batch_size,
         "stored_size": config.data.stored_size,
         "image_size": config.data.image_size,
-        "open_seconds": open_seconds,
+        "open_seconds": bench.open_seconds,
         "repeats": repeats,
         **rates,
         "step_ms": 1e3 * seconds["step"],
@@ -96,50 +98,91 @@ Work = Callable[[int], Any]
 
 
 class _Bench:
-    """The parts of a run's input."""
+    """The parts of a run's input.
+
+    Attributes:
+        open_seconds: that opening the set took.
+    """
 
     def __init__(self, config: Config) -> None:
-        placement = sharding.place(config.model, config.batch_size)
-        self._stepper = Stepper(config, placement)
+        self._config = config
+        self._placement = sharding.place(config.model, config.batch_size)
+        start = time.perf_counter()
+        self._stepper = Stepper(config, self._placement)
+        self.open_seconds = time.perf_counter() - start
+        self._rows = self._placement.host_rows(config.batch_size)
         self._state = self._stepper.first_state()
-        self._key = jax.device_put(jax.random.key(config.seed), placement.replicated)
+        self._key = jax.device_put(jax.random.key(config.seed), self._placement.replicated)
         self._as_seen = jax.jit(
             lambda key, step, *inputs: train_step.as_seen(
-                config, placement, train_step.step_keys(key, step)[0], *inputs
+                config, self._placement, train_step.step_keys(key, step)[0], *inputs
             )
         )
 
     def parts(self) -> dict[str, Work]:
-        """Returns what is timed, by name."""
-        fixed = self._stepper.inputs(0)
-        host, device, steps = itertools.count(), itertools.count(), itertools.count()
+        """Returns what is timed, by name; no part keeps more than its last two results."""
+        fixed = next(self._moved(range(1)))
+        made, moved, fresh = self._batches(), self._moved(), self._moved()
 
-        def train(inputs: Iterator[Any], times: int) -> None:
+        def host(times: int) -> None:
+            for _ in range(times):
+                next(made)
+
+        def device(times: int) -> None:
+            for _ in range(times):
+                jax.block_until_ready(next(moved))
+
+        def augment(times: int) -> None:
+            last = None
+            for step in range(times):
+                seen = self._as_seen(self._key, step, *fixed)
+                jax.block_until_ready(last)  # one is queued while another is made; more would fill the memory
+                last = seen
+            jax.block_until_ready(last)
+
+        def train(inputs: Iterator[Inputs], times: int) -> None:
             for _ in range(times):
                 self._state, _ = self._stepper.take_with(self._state, next(inputs))
             jax.block_until_ready(self._state)
 
-        fresh = (self._stepper.inputs(step) for step in steps)
-        moved = (self._stepper.inputs(step) for step in device)
-        made = (self._stepper.batch(step) for step in host)
         return {
-            "host": lambda times: [next(made) for _ in range(times)][-1],
-            "device": lambda times: [jax.block_until_ready(next(moved)) for _ in range(times)][-1],
-            "augment": lambda times: jax.block_until_ready(
-                [self._as_seen(self._key, step, *fixed) for step in range(times)][-1]
-            ),
+            "host": host,
+            "device": device,
+            "augment": augment,
             "step": lambda times: train(fresh, times),
             "fixed": lambda times: train(itertools.repeat(fixed), times),
         }
 
+    def _batches(self, steps: range = range(MOST_STEPS)) -> Iterator[Batch]:
+        """Returns a new reader of this process's part of the batches of a run."""
+        config = self._config
+        return data.train_batches(self._stepper.dataset.train, config.batch_size, config.seed, steps, self._rows)
+
+    def _moved(self, steps: range = range(MOST_STEPS)) -> Iterator[Inputs]:
+        """Yields the batches of a new reader on the devices."""
+        for batch in self._batches(steps):
+            yield self._placement.put_batch((batch.images, batch.labels), self._rows, self._config.batch_size)
+
 
 def _window(work: Work) -> Callable[[], float]:
     """Warms up and returns a function that times a window; it returns the seconds of doing the work once."""
-    work(WARM_UP_STEPS)
+    warm_up = _held() + 1
+    work(warm_up)
     times = 1
     while (seconds := _seconds(work, times)) < WINDOW_SECONDS:
         times = math.ceil(times * min(max(1.2 * WINDOW_SECONDS / seconds, 1.5), 10))
-    return lambda: _seconds(work, times) / times
+
+    def window() -> float:
+        work(warm_up)
+        return _seconds(work, times) / times
+
+    return window
+
+
+def _held() -> int:
+    """Returns how many batches a reader that nobody waits for has ready or in the making, at most."""
+    processes = len(cores.available()) // streams.CORES_A_WORKER
+    return 2 * streams.BATCHES_AHEAD * processes if processes else streams.BATCHES_AHEAD
 
 
 def _seconds(work: Work, times: int) -> float:

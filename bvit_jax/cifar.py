@@ -29,7 +29,7 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.image_classification import cifar
 from tqdm import tqdm
 
-from bvit_jax import prepared
+from bvit_jax import data_dirs, prepared
 from bvit_jax.model_config import ConfigError, require, require_choice
 from bvit_jax.prepared import PreparedSet
 
@@ -50,7 +50,7 @@ def prepare(name: str, directory: Path, archive_dir: Path | None = None, sha256:
 
     Args:
         name: `cifar10` or `cifar100`.
-        directory: of prepared sets, made if absent (`bvit_jax.prepared.data_dir`).
+        directory: of prepared sets, made if absent (`bvit_jax.data_dirs.current`).
         archive_dir: holds the archive, under its official name; nothing is downloaded.
         sha256: of that archive, in place of the official one, for an archive that is not the official one: what comes
             out bears the same name, but is not CIFAR.
@@ -158,7 +158,7 @@ def _check(name: str, directory: Path, version: Path, expected: str, official: s
     found = seal.read_text().strip() if seal.exists() else official  # TensorFlow's builder takes no other
     if found != expected:
         raise ConfigError(f"{version} was made from an archive of SHA-256 {found}, not {expected}: {remedy}")
-    if not prepared.is_prepared(version):
+    if not data_dirs.is_prepared(version):
         raise ConfigError(f"{version} is no prepared set: {remedy}")
     opened = prepared.open_set(f"{name}:{version.name}", directory)
     for split in opened.splits:

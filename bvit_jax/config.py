@@ -165,7 +165,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     derived = {"channels": data.channels, "num_classes": data.num_classes}
     built = {
         "data": data,
-        "augment": _build(AugmentConfig, "augment", _section(sections, "augment")),
+        "augment": _build(AugmentConfig, "augment", _section(sections, "augment")).canonical(),
         "model": _build(ModelConfig, "model", model | shape | derived).canonical(),
         "loss": _build(LossConfig, "loss", _section(sections, "loss")),
         "optimizer": _build(OptimizerConfig, "optimizer", _section(sections, "optimizer")),

@@ -4,7 +4,9 @@ Axes: B batch, n images, H and W pixels, c channels.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -41,6 +43,7 @@ class Split:
 
 
 AnySplit = Split | Streamed
+SplitName = Literal["train", "validation", "test"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,54 +52,43 @@ class Dataset:
 
     Attributes:
         train, validation, test: the splits.
-        digest: of the prepared set they come from (`prepared.PreparedSet`); empty if the configuration says all.
-        class_names: of the labels from 0; empty if they have none.
+        origin: the prepared set that they come from; None if the configuration says all.
     """
 
     train: AnySplit
     validation: AnySplit
     test: AnySplit
-    digest: str = ""
-    class_names: tuple[str, ...] = ()
+    origin: prepared.PreparedSet | None = None
 
 
 def load(config: DataConfig) -> Dataset:
     """Loads, opens or draws the images that `config` names.
 
-    The same configuration gives the same images and splits, whatever the seed of the run: all are tested alike.
+    The same configuration gives the same images and splits, whatever the seed of the run: all are tested alike. Every
+    process holds, or can reach, all of them, as the order of training goes over the whole split; of a batch it makes
+    its own rows alone.
 
     Raises:
         ConfigError: if the set is not there (`prepared.open_set`), or is not as the configuration says.
     """
-    return _embedded(config) if config.name in EMBEDDED else _from_prepared(config)
+    found = opened(config)
+    train, validation, test = (_split(config, name, found) for name in get_args(SplitName))
+    return Dataset(train, validation, test, found)
 
 
-def _embedded(config: DataConfig) -> Dataset:
-    images, labels = drawn.digits() if config.name == "digits" else drawn.gratings(config)
-    sizes = (config.num_train, config.num_validation, config.num_test)
-    if sum(sizes) != len(labels):
-        raise ValueError(f"splits of {sizes} images do not add up to the {len(labels)} of {config.name}")
-    parts = np.split(_order(config, len(labels)), np.cumsum(sizes)[:-1])
-    train, validation, test = (Split(images[index], labels[index]) for index in parts)
-    return Dataset(train, validation, test)
+def load_split(config: DataConfig, name: SplitName) -> AnySplit:
+    """Loads one of the splits of `load` alone."""
+    return _split(config, name, opened(config))
 
 
-def _order(config: DataConfig, count: int) -> np.ndarray:
-    return np.random.default_rng([config.seed, 1]).permutation(count)
-
-
-def check(config: DataConfig) -> None:
-    """Looks whether `load` will find the images that `config` names, without reading any.
+def opened(config: DataConfig) -> prepared.PreparedSet | None:
+    """Opens the prepared set that a configuration names, and reads no image; None if it needs none.
 
     Raises:
         ConfigError: as `load`.
     """
-    if config.name not in EMBEDDED:
-        _opened(config)
-
-
-def _opened(config: DataConfig) -> prepared.PreparedSet:
-    """Opens a prepared set that holds what the configuration says."""
+    if config.name in EMBEDDED:
+        return None
     found = prepared.open_set(config.name)
     classes = f"{found.num_classes}, of {found.name}"
     require(found.num_classes == config.num_classes, "data.num_classes", config.num_classes, classes)
@@ -111,18 +103,32 @@ def _opened(config: DataConfig) -> prepared.PreparedSet:
     return found
 
 
-def _from_prepared(config: DataConfig) -> Dataset:
-    found, held_out = _opened(config), config.num_validation
-    trained, tested = found.splits["train"], found.splits[config.test_split]
-    # Validation comes first: it is the same however many images are trained on.
-    held, fitted = np.split(_order(config, trained)[: held_out + config.num_train], [held_out])
-    parts = (("train", fitted), ("train", held), (config.test_split, _order(config, tested)[: config.num_test]))
-    splits: list[AnySplit] = []
-    for name, index in parts:
-        split = Streamed(found.source(name), np.sort(index), config.stored_size, config.channels)
-        splits.append(split if config.reading == "stream" else Split(*split.read_all()))
-    train, validation, test = splits
-    return Dataset(train, validation, test, found.digest, found.class_names)
+def _split(config: DataConfig, name: SplitName, found: prepared.PreparedSet | None) -> AnySplit:
+    if found is None:
+        return _embedded(config)[name]
+    held_out = config.num_validation
+    if name == "test":
+        stored, places = config.test_split, slice(config.num_test)
+    else:  # validation comes first: it is the same however many images are trained on
+        stored = "train"
+        places = slice(held_out) if name == "validation" else slice(held_out, held_out + config.num_train)
+    indices = np.sort(_order(config, found.splits[stored])[places])
+    split = Streamed(found.source(stored), indices, config.stored_size, config.channels)
+    return split if config.reading == "stream" else Split(*split.read_all())
+
+
+@functools.lru_cache(maxsize=1)
+def _embedded(config: DataConfig) -> dict[SplitName, Split]:
+    images, labels = drawn.digits() if config.name == "digits" else drawn.gratings(config)
+    sizes = (config.num_train, config.num_validation, config.num_test)
+    if sum(sizes) != len(labels):
+        raise ValueError(f"splits of {sizes} images do not add up to the {len(labels)} of {config.name}")
+    parts = np.split(_order(config, len(labels)), np.cumsum(sizes)[:-1])
+    return {name: Split(images[part], labels[part]) for name, part in zip(get_args(SplitName), parts, strict=True)}
+
+
+def _order(config: DataConfig, count: int) -> np.ndarray:
+    return np.random.default_rng([config.seed, 1]).permutation(count)
 
 
 def train_batches(split: AnySplit, batch_size: int, seed: int, steps: range, rows: np.ndarray) -> Iterator[Batch]:

@@ -72,7 +72,7 @@ def with_fixed(data: dict[str, Any]) -> dict[str, Any]:
     """
     name = data.get("name")
     _require_name(name)
-    fixed = dict(_FIXED.get(str(name), {}))
+    fixed = dict(_FIXED.get(str(name).partition(":")[0], {}))
     if name in EMBEDDED:
         size = fixed.get("image_size", data.get("image_size"))
         fixed |= {"reading": "memory", "test_split": "test", "stored_size": size}
@@ -88,7 +88,7 @@ def _require_name(name: object) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to training images, in this order, on the device; 0 leaves a part out.
+    """What is done to training images, in this order, on the device; 0 leaves a part out, with its other fields.
 
     Attributes:
         crop: `shift` moves an image as `max_shift` says; `resized` cuts out a rectangle and resizes it.
@@ -129,3 +129,15 @@ class AugmentConfig:
         require(0 < self.min_area <= 1, "augment.min_area", self.min_area, "above 0 to 1")
         magnitude = self.randaugment_magnitude
         require(0 <= magnitude <= 10, "augment.randaugment_magnitude", magnitude, "0 to 10")
+
+    def canonical(self) -> "AugmentConfig":
+        """Resets the fields of parts that are left out, so that equal augmentations have equal configurations."""
+        unused: dict[str, Any] = {}
+        if self.crop == "resized" or self.max_shift == 0 or self.shift_probability == 0:
+            unused |= {"max_shift": 0, "shift_probability": 0.0}
+        if self.crop == "shift":
+            unused["min_area"] = 1.0
+        if self.randaugment_ops == 0 or self.randaugment_probability == 0:
+            fields = ("magnitude", "deviation", "probability")
+            unused |= {"randaugment_ops": 0, **{f"randaugment_{field}": 0.0 for field in fields}}
+        return dataclasses.replace(self, **unused)

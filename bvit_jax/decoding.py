@@ -1,7 +1,7 @@
-"""Encoded images made into squares of one size, as training and evaluation store them.
+"""Images made into squares of one size, as training, evaluation and prediction take them.
 
-What stands in a data set is taken as it is stored: unlike `bvit_jax.images`, which reads a user's own photographs, no
-EXIF orientation is applied, since the readers on which published results rest apply none.
+What stands in a data set is taken as it is stored: unlike `bvit_jax.images`, which reads a user's own photographs,
+`decode` applies no EXIF orientation, since the readers on which published results rest apply none.
 """
 
 import contextlib
@@ -16,20 +16,17 @@ from PIL import Image
 
 _DEEP = ("I", "F")
 """First letters of Pillow's modes of more than 8 bits a channel."""
-_DAMAGE = (OSError, ValueError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
+DAMAGE = (OSError, ValueError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow raises for damaged images."""
 
 
 def decode(encoded: bytes, size: int, channels: int) -> np.ndarray:
-    """Decodes an image, cuts out the square in its middle and resizes that; one of this size keeps every bit.
-
-    A JPEG at least twice too large is decoded at 1/2, 1/4 or 1/8 of its size, at no less than `size`. Resizing is
-    Pillow's bilinear, which averages over what it shrinks. Transparent images are laid over white.
+    """Decodes an image and makes it fit, as `fit` says.
 
     Args:
         encoded: a PNG, a JPEG or whatever else Pillow reads, of 8 bits a channel at most.
         size: pixels a side.
-        channels: 1 for grey (ITU-R 601 luma of colours), 3 for RGB.
+        channels: 1 for grey, 3 for RGB.
 
     Returns:
         uint8 (size, size, channels).
@@ -38,14 +35,33 @@ def decode(encoded: bytes, size: int, channels: int) -> np.ndarray:
         ValueError: if this is no such image or a damaged one.
     """
     with _opened(encoded) as image:
-        width, height = image.size
-        drafted = image.draft(None, (size, size))  # only JPEG has one
-        fraction = width / drafted[1][2] if drafted else 1
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        square = tuple(edge / fraction for edge in (left, top, left + side, top + side))
-        pixels = _resize(_convert(image, channels), square, size)
-        return np.asarray(pixels).reshape(size, size, channels)
+        return np.asarray(fit(image, size, channels)).reshape(size, size, channels)
+
+
+def fit(image: Image.Image, size: int, channels: int) -> Image.Image:
+    """Cuts out the square in the middle of an image and resizes that; an image of this size keeps every bit.
+
+    A JPEG at least twice too large is decoded at 1/2, 1/4 or 1/8 of its size, at no less than `size`. Resizing is
+    Pillow's bilinear, which averages over what it shrinks. Transparent images are laid over white.
+
+    Args:
+        image: of 8 bits a channel at most; one just opened, not yet loaded, is loaded by this.
+        size: pixels a side.
+        channels: 1 for grey (ITU-R 601 luma of colours), 3 for RGB.
+
+    Returns:
+        A new image of mode L or RGB, `size` pixels a side.
+
+    Raises:
+        ValueError: if it has more bits a channel; one just opened may raise any of `DAMAGE`.
+    """
+    width, height = image.size
+    drafted = image.draft(None, (size, size))  # only JPEG has one
+    fraction = width / drafted[1][2] if drafted else 1
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = tuple(edge / fraction for edge in (left, top, left + side, top + side))
+    return _resize(_convert(image, channels), square, size)
 
 
 def measure(encoded: bytes) -> tuple[int, int]:
@@ -60,7 +76,7 @@ def _opened(encoded: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             yield image
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(f"the image cannot be decoded ({error})") from None
 
 

@@ -1,9 +1,11 @@
 """Images from files, made to fit a model.
 
-PNG, JPEG and whatever else Pillow reads with 8 or 16 bits a channel are turned upright, laid over white where they are
-transparent, converted to grey or RGB as the model has 1 or 3 channels, cut to a square in the middle and resized to the
-model's size. Arrays (.npy) are taken as they are: (H, W, c) or (n, H, W, c) of the model's size, for grey models also
-(H, W) or (n, H, W), uint8 from 0 to 255 or floating from 0 to 1.
+PNG, JPEG and whatever else Pillow reads with 8 or 16 bits a channel are prepared as the images of the model's own data
+set are for evaluation: laid over white where they are transparent, converted to grey or RGB as the model has 1 or 3
+channels, cut to a square in the middle, resized to the size at which the set is stored, and cut to the middle of that
+which the model sees. Beyond that, they are turned upright as their EXIF orientation says. Arrays (.npy) are taken as
+they are: (H, W, c) or (n, H, W, c) of the model's size, for grey models also (H, W) or (n, H, W), uint8 from 0 to 255
+or floating from 0 to 1.
 
 Axes: n images, H and W pixels, c channels.
 """
@@ -12,9 +14,23 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
-from bvit_jax.model_config import ConfigError, ModelConfig
+from bvit_jax import decoding
+from bvit_jax.data_config import DataConfig
+from bvit_jax.model_config import ConfigError
+from bvit_jax.pixels import centre
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of an EXIF orientation upright (EXIF 2.32, tag 274); from 5 on height and width change places."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +39,7 @@ class Loaded:
 
     Attributes:
         name: the file, with the index of the image if it holds several.
-        pixels: float32 (H, W, c), 0 to 1.
+        pixels: (H, W, c) of the model's size: uint8, 0 to 255, or of a floating array float32, 0 to 1.
         note: what was changed to make it fit, empty if nothing.
     """
 
@@ -32,66 +48,79 @@ class Loaded:
     note: str
 
 
-def load(path: Path, model: ModelConfig) -> list[Loaded]:
+def load(path: Path, config: DataConfig) -> list[Loaded]:
     """Reads the images of one file.
+
+    Args:
+        path: a PNG, a JPEG, whatever else Pillow reads, or a .npy file.
+        config: of the data that the model was trained on.
 
     Raises:
         ConfigError: if the file cannot be read, is no image, or an array does not fit the model.
     """
     try:
         if path.suffix.lower() == ".npy":
-            return _arrays(path, np.load(path, allow_pickle=False), model)
+            with path.open("rb") as file:  # np.load would open archives as well
+                return _arrays(path, np.lib.format.read_array(file, allow_pickle=False), config)
         with Image.open(path) as image:
-            return [_picture(path, image, model)]
+            return [_picture(path, image, config)]
     except FileNotFoundError:
         raise ConfigError(f"image {str(path)!r}: there is no such file") from None
-    except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+    except decoding.DAMAGE as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"image {str(path)!r}: it must be a PNG, JPEG or .npy file ({error})") from None
 
 
-def _picture(path: Path, image: Image.Image, model: ModelConfig) -> Loaded:
-    if model.channels not in (1, 3):
-        raise ConfigError(f"image {str(path)!r}: this model has {model.channels} channels; it must be a .npy file")
-    image = ImageOps.exif_transpose(image)
-    note = []
-    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8))
-    elif image.mode in ("I", "F"):
+def _picture(path: Path, image: Image.Image, config: DataConfig) -> Loaded:
+    if config.channels not in (1, 3):
+        raise ConfigError(f"image {str(path)!r}: this model has {config.channels} channels; it must be a .npy file")
+    if image.mode in ("I", "F"):
         raise ConfigError(
             f"image {str(path)!r}: its pixels have 32 bits, of unknown range; save it as .npy from 0 to 1"
         )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        note.append("laid over white")
-    image = image.convert("L" if model.channels == 1 else "RGB")
-    side = model.image_size
-    if image.size != (side, side):
-        width, height = image.size
-        note.append(f"{'' if width == height else 'cut and '}resized from {width}x{height}")
-        # Cut before resizing, so that nothing from outside the square bleeds in.
-        left, top = (width - min(image.size)) // 2, (height - min(image.size)) // 2
-        square = image.crop((left, top, left + min(image.size), top + min(image.size)))
-        image = square.resize((side, side), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image, np.float32) / 255
-    return Loaded(str(path), pixels.reshape(side, side, model.channels), ", ".join(note))
+    width, height = image.size
+    shallow = _eight_bits(image)
+    transparent = shallow.has_transparency_data
+    square = decoding.fit(shallow, config.stored_size, config.channels)
+    # Only now: Pillow turns some formats itself as it loads them, and says so here.
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation in _UPRIGHT:
+        square = square.transpose(_UPRIGHT[orientation])
+        width, height = (width, height) if orientation < 5 else (height, width)
+    changes = ["laid over white"] if transparent else []
+    changes += _size_changes(width, height, config)
+    pixels = np.asarray(square).reshape(1, *square.size, config.channels)
+    return Loaded(str(path), centre(pixels, config.image_size)[0], ", ".join(changes))
 
 
-def _arrays(path: Path, array: np.ndarray, model: ModelConfig) -> list[Loaded]:
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith("I;16"):
+        return image
+    # Pillow's own conversion would clip.
+    return Image.fromarray((np.asarray(image, np.float64) / 257).round().astype(np.uint8))
+
+
+def _size_changes(width: int, height: int, config: DataConfig) -> list[str]:
+    cut = width != height or config.stored_size != config.image_size
+    resized = min(width, height) != config.stored_size
+    done = [verb for verb, was in (("cut", cut), ("resized", resized)) if was]
+    return [f"{' and '.join(done)} from {width}x{height}"] if done else []
+
+
+def _arrays(path: Path, array: np.ndarray, config: DataConfig) -> list[Loaded]:
     name = f"image {str(path)!r}"
-    shape, wanted = array.shape, (model.image_size, model.image_size, model.channels)
-    if model.channels == 1 and array.shape != wanted and array.ndim in (2, 3):
+    shape, wanted = array.shape, (config.image_size, config.image_size, config.channels)
+    if config.channels == 1 and array.shape != wanted and array.ndim in (2, 3):
         array = array[..., None]
     stack = array[None] if array.ndim == 3 else array
     if stack.shape[1:] != wanted:
         raise ConfigError(f"{name}: its shape is {shape}; this model needs {wanted}, or several of them")
-    if stack.dtype == np.uint8:
-        stack = stack.astype(np.float32) / 255
-    elif not np.issubdtype(stack.dtype, np.floating):
+    floating = np.issubdtype(stack.dtype, np.floating)
+    if not (floating or stack.dtype == np.uint8):
         raise ConfigError(f"{name}: its dtype is {stack.dtype}; it must be uint8 (0 to 255) or floating (0 to 1)")
-    if not (np.isfinite(stack).all() and (stack >= 0).all() and (stack <= 1).all()):
+    if floating and not (np.isfinite(stack).all() and (stack >= 0).all() and (stack <= 1).all()):
         raise ConfigError(f"{name}: floating pixels must lie between 0 and 1")
+    stack = stack.astype(np.float32) if floating else stack
     names = [str(path)] if array.ndim == 3 else [f"{path}[{index}]" for index in range(len(stack))]
-    return [Loaded(name, pixels, "") for name, pixels in zip(names, stack.astype(np.float32), strict=True)]
+    return [Loaded(name, pixels, "") for name, pixels in zip(names, stack, strict=True)]

@@ -1,7 +1,8 @@
 """Mixup and CutMix: images of a batch mixed in pairs, and their labels with them.
 
 Each image is mixed with its neighbour, 2 r with 2 r + 1: the images of a batch are in random order, and neighbours lie
-on the same device. The share is drawn once a step, as in timm's mode "batch".
+on the same device where it holds an even number; otherwise some travel. The share is drawn once a step, as in timm's
+mode "batch".
 
 Axes: B batch, S pixels a side, c channels.
 """

@@ -64,7 +64,7 @@ class ModelConfig:
         router_noise: standard deviation of the Gaussian noise on the router's logits in training.
         attention_dropout: share of the attention weights that training leaves out.
         stochastic_depth: share of the images for which training skips the last layer's attention, and of those for
-            which it skips its FFN; the shares rise evenly from 0 in the first layer.
+            which it skips its FFN; the shares rise evenly from 0 in the first layer, which is never skipped.
         dispatch: how rows meet the rotations of their experts; see `bvit_jax.rotated`. All give the same result.
         compute_dtype: of activations and matrix products; parameters and the router are float32.
         image_size, patch_size, num_layers, d_model, d_ff, num_heads: as in `VitShape`.

@@ -107,7 +107,7 @@ class PackedModel:
         return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
     def memory(self, batch_size: int = DEFAULT_BATCH) -> MemoryUse:
-        """Asks the compiler what a call with this batch size takes."""
+        """Asks the compiler what a call with this batch size, of floating images, takes."""
         m = self.config.model
         images = jax.ShapeDtypeStruct((batch_size, m.image_size, m.image_size, m.channels), np.float32)
         found: Any = _forward.lower(m, self.storage, self._tree, images).compile().memory_analysis()

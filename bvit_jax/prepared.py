@@ -1,7 +1,6 @@
-"""Data sets of tensorflow-datasets on disk: found, described and read at random, without TensorFlow.
+"""Data sets of tensorflow-datasets on disk: described and read at random, without TensorFlow.
 
-A set lies in `data_dir()` as tensorflow-datasets prepares it: NAME[/CONFIG]/VERSION with `dataset_info.json`,
-`features.json` and, of the file formats, ArrayRecord, the one that is read here. `bvit_jax.cifar` prepares CIFAR.
+`bvit_jax.data_dirs` finds a set. Of the file formats of tensorflow-datasets, ArrayRecord is read here.
 
 Axes: n images, S pixels a side, c channels.
 """
@@ -11,9 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +18,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from bvit_jax import cores, decoding
+from bvit_jax import cores, data_dirs, decoding
 from bvit_jax.model_config import ConfigError
 
-DATA_DIR_VARIABLE = "TFDS_DATA_DIR"
-"""The environment variable that tensorflow-datasets itself reads."""
-WITHOUT_TENSORFLOW = ("cifar10", "cifar100")
-"""The sets that `bvit_jax.cifar` prepares."""
-_FORMAT = "array_record"
-_DESCRIPTIONS = ("dataset_info.json", "features.json")
 _LARGEST_PIECE = 128
 """Images that a thread fetches at once and decodes one by one, at most."""
 _PIECES = 4
 """Of a call, for each thread at least: so that none waits long for the last."""
 _CHUNK = 1024
 """Images between two movements of the progress bar."""
-_LISTED = 8
-"""Sets that a message names at most."""
-
-
-def data_dir() -> Path:
-    """Returns the directory of prepared sets: TFDS_DATA_DIR of the environment, or ~/tensorflow_datasets."""
-    return Path(os.environ.get(DATA_DIR_VARIABLE) or "~/tensorflow_datasets").expanduser()
+_NO_LABEL = -1
+"""What tensorflow-datasets stores for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +65,8 @@ class Source:
             labels: int32 (n,).
 
         Raises:
-            ConfigError: if a file is missing or damaged, an image cannot be decoded or a label is out of range.
+            ConfigError: if a file is missing or damaged, an image cannot be decoded or has no label, or one out of
+                range.
             IndexError: for an index out of range.
         """
         images = np.empty((len(indices), size, size, channels), np.uint8)
@@ -87,20 +74,25 @@ class Source:
         def keep(place: int, encoded: bytes) -> None:
             images[place] = decoding.decode(encoded, size, channels)
 
-        labels = self._visit(indices, keep)
+        labels = self._visit(indices, keep, self._label)
         return images, labels
 
     def measure(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Decodes images in full and returns their heights and widths, int32 (n, 2), and labels; else as `read`."""
+        """Decodes images in full and returns their heights and widths, int32 (n, 2), and labels; else as `read`.
+
+        The label of an image that has none is -1.
+        """
         sizes = np.empty((len(indices), 2), np.int32)
 
         def keep(place: int, encoded: bytes) -> None:
             sizes[place] = decoding.measure(encoded)
 
-        labels = self._visit(indices, keep)
+        labels = self._visit(indices, keep, self._label_if_any)
         return sizes, labels
 
-    def _visit(self, indices: np.ndarray, keep: Callable[[int, bytes], None]) -> np.ndarray:
+    def _visit(
+        self, indices: np.ndarray, keep: Callable[[int, bytes], None], label: Callable[[dict[str, Any]], int]
+    ) -> np.ndarray:
         """Hands every encoded image with its place among the indices to `keep`, in threads, and returns the labels."""
         if len(indices) and not 0 <= np.min(indices) <= np.max(indices) < len(self):
             raise IndexError(f"indices {np.min(indices)} to {np.max(indices)}: {self.name} has {len(self)} images")
@@ -112,7 +104,7 @@ class Source:
             for place, (index, record) in enumerate(zip(piece, self._fetch(piece), strict=True), start):
                 try:
                     keep(place, record["image"])
-                    labels[place] = self._label(record)
+                    labels[place] = label(record)
                 except ValueError as error:
                     known = record.get("id", record.get("file_name"))
                     named = f" ({known.decode(errors='replace')})" if isinstance(known, bytes) else ""
@@ -132,10 +124,20 @@ class Source:
             ) from None
 
     def _label(self, record: dict[str, Any]) -> int:
-        label = int(record["label"])
-        if not 0 <= label < self.num_classes:
-            raise ValueError(f"the label is {label}; it must be 0 to {self.num_classes - 1}")
+        label = self._label_if_any(record)
+        if label == _NO_LABEL:
+            raise ValueError(f"the label is {label}: images of this split have no labels; they must be {self._labels}")
         return label
+
+    def _label_if_any(self, record: dict[str, Any]) -> int:
+        label = int(record["label"])
+        if not (label == _NO_LABEL or 0 <= label < self.num_classes):
+            raise ValueError(f"the label is {label}; it must be {self._labels}")
+        return label
+
+    @property
+    def _labels(self) -> str:
+        return f"0 to {self.num_classes - 1}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,9 @@ class PreparedSet:
         class_names: by label.
         channels: of the images as the set describes them: 1 grey, 3 RGB, 4 with transparency.
         digest: 16 hexadecimal digits of a SHA-256 that change with the set: of version, lengths and bytes of the
-            splits' files and names of features and classes. No image is read for it, so it does not notice damage.
+            splits' files and names of features and classes. No image is read for it, so it does not notice damage. The
+            bytes are those of encoded images: a set prepared again by another release of Pillow or zlib, or by
+            TensorFlow, may have equal pixels and another digest.
     """
 
     name: str
@@ -173,7 +177,7 @@ class PreparedSet:
             raise ConfigError(f"{self.name} has no split {split!r}; it must be one of {', '.join(self.splits)}")
         builder = _builder(self.name, self.directory)
         decoders = {"image": tfds.decode.SkipDecoding()}
-        records = builder.as_data_source(split=split, decoders=decoders, file_format=_FORMAT)
+        records = builder.as_data_source(split=split, decoders=decoders, file_format=data_dirs.FORMAT)
         present = {path.name for path in self.directory.iterdir()}
         missing = [name for name in builder.info.splits[split].filenames if name not in present]
         if missing:
@@ -187,15 +191,14 @@ def open_set(name: str, place: Path | None = None) -> PreparedSet:
 
     Args:
         name: NAME or NAME/CONFIG for the newest version there, or either with :VERSION behind it.
-        place: where to look; None: in `data_dir()`.
+        place: where to look; None: in `data_dirs.current()`.
 
     Raises:
         ConfigError: if it is not there, in another file format than ArrayRecord, or no set of labelled images; the
             message says what to run.
     """
-    place = place or data_dir()
     base = name.partition(":")[0]
-    directory = _find(name, place)
+    directory = data_dirs.find(name, place or data_dirs.current())
     info = _builder(name, directory).info
     features = dict(info.features.items()) if isinstance(info.features, tfds.features.FeaturesDict) else {}
     image, label = features.get("image"), features.get("label")
@@ -229,59 +232,18 @@ def read_all(source: Source, indices: np.ndarray, size: int, channels: int) -> t
     """Reads many images into memory, with a progress bar on a terminal; otherwise as `Source.read`."""
     images = np.empty((len(indices), size, size, channels), np.uint8)
     labels = np.empty(len(indices), np.int32)
-    with tqdm(total=len(indices), desc=f"reading {source.name}", unit="image", disable=None, leave=False) as bar:
-        for start in range(0, len(indices), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            images[part], labels[part] = source.read(indices[part], size, channels)
-            bar.update(len(labels[part]))
+    for part in parts(source, len(indices)):
+        images[part], labels[part] = source.read(indices[part], size, channels)
     return images, labels
 
 
-def how_to_prepare(name: str, directory: Path) -> str:
-    """Says what to run so that a set is in `directory`."""
-    place = shlex.quote(str(directory))
-    base = name.partition(":")[0]
-    if base in WITHOUT_TENSORFLOW:
-        return f"run: python -m experiments.prepare_data --dataset={base} --data_dir={place}"
-    return f"where TensorFlow is installed, run: tfds build {name} --data_dir={place} --file_format={_FORMAT}"
-
-
-def _find(name: str, place: Path) -> Path:
-    """Returns the directory of the version that `name` asks for, the newest if it names none."""
-    field = f"data.name = {name!r}"
-    if not place.is_dir():
-        raise ConfigError(f"{field}: there is no directory {place}; {how_to_prepare(name, place)}")
-    base, _, version = name.partition(":")
-    there = _versions(place / base)
-    wanted = version or max(there, key=_numbers, default="")
-    if wanted in there:
-        return place / base / wanted
-    sets = _sets(place)
-    listed = ", ".join(sets[:_LISTED]) + (f" and {len(sets) - _LISTED} more" if len(sets) > _LISTED else "")
-    raise ConfigError(f"{field}: not prepared in {place} (there: {listed or 'none'}); {how_to_prepare(name, place)}")
-
-
-def _sets(place: Path) -> list[str]:
-    """Lists all that is prepared, as names that `open_set` takes."""
-    folders = [folder for pattern in ("*", "*/*") for folder in place.glob(pattern) if folder.is_dir()]
-    return sorted(f"{folder.relative_to(place)}:{version}" for folder in folders for version in _versions(folder))
-
-
-def _versions(folder: Path) -> list[str]:
-    """Lists the prepared versions in a set's folder; half-prepared ones have other names."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return [path.name for path in paths if is_prepared(path)]
-
-
-def is_prepared(version: Path) -> bool:
-    """Says whether a directory has the name and the descriptions of a prepared version."""
-    return bool(_numbers(version.name)) and all((version / file).is_file() for file in _DESCRIPTIONS)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Returns 3, 0, 2 of "3.0.2", so that versions can be compared; nothing if it is no version."""
-    parts = version.split(".")
-    return tuple(map(int, parts)) if len(parts) == 3 and all(p.isascii() and p.isdigit() for p in parts) else ()
+def parts(source: Source, count: int) -> Iterator[slice]:
+    """Yields slices that make up `count` images, each to be read before the next; a bar on a terminal shows how far."""
+    with tqdm(total=count, desc=f"reading {source.name}", unit="image", disable=None, leave=False) as bar:
+        for start in range(0, count, _CHUNK):
+            part = slice(start, min(start + _CHUNK, count))
+            yield part
+            bar.update(part.stop - part.start)
 
 
 def _builder(name: str, directory: Path) -> Any:
@@ -289,17 +251,17 @@ def _builder(name: str, directory: Path) -> Any:
     base = name.partition(":")[0]
     field = f"data.name = {name!r}"
     try:
-        stored = json.loads((directory / _DESCRIPTIONS[0]).read_text())
+        stored = json.loads((directory / data_dirs.DESCRIPTIONS[0]).read_text())
         formats = [stored.get("fileFormat", "tfrecord"), *stored.get("alternativeFileFormats", ())]
-        builder = tfds.builder_from_directory(directory) if _FORMAT in formats else None
+        builder = tfds.builder_from_directory(directory) if data_dirs.FORMAT in formats else None
     except Exception as error:  # tensorflow-datasets lets through whatever a damaged description raises
         raise ConfigError(
             f"{field}: its description cannot be read; remove {directory} and prepare it again ({_gist(error)})"
         ) from None
     if builder is None:
         place = directory.parents[1 + base.count("/")]
-        found = f"{directory} holds {formats[0]} files, not {_FORMAT}"
-        raise ConfigError(f"{field}: {found}; remove it, then {how_to_prepare(base, place)}")
+        found = f"{directory} holds {formats[0]} files, not {data_dirs.FORMAT}"
+        raise ConfigError(f"{field}: {found}; remove it, then {data_dirs.how_to_prepare(base, place)}")
     return builder
 
 

@@ -128,13 +128,14 @@ def in_all(work: Callable[[], Any]) -> Any:
     """Does `work` in each process, and returns what it returns there.
 
     Raises:
-        ConfigError: in all processes if `work` raises one in some.
+        ConfigError: if `work` raises anything in another process; where it does, that is raised.
     """
-    error: ConfigError | None = None
+    error: Exception | None = None
+    done = None
     try:
         done = work()
-    except ConfigError as raised:
-        error, done = raised, None
+    except Exception as raised:
+        error = raised
     if not all_agree(error is None):
         raise error or ConfigError("another process of the run cannot go on; its message says why")
     return done

@@ -4,6 +4,7 @@ Axes: B batch, S pixels a side, c channels.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import grain
@@ -14,9 +15,14 @@ from bvit_jax import cores, prepared
 from bvit_jax.batches import PADDING, Batch, Plan
 from bvit_jax.prepared import Source
 
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 BATCHES_AHEAD = 2
+"""That are read, in each process that reads; as many again may wait to be taken."""
 CORES_A_WORKER = 16
 """Decoding takes Python's lock often enough that one process cannot use more; machines with more have several read."""
+BATCHES_A_WORKER = 8
+"""That make starting it, which takes a second or two, worth while."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +46,40 @@ class Streamed:
 
     def batches(self, plan: Plan, numbers: range) -> Iterator[Batch]:
         """Yields the batches of these numbers, some read ahead; padding is images of zeros with label 0."""
+        # Grain's workers read command-line flags, which notebooks do not parse.
+        cores_there = len(cores.available()) if flags.FLAGS.is_parsed() else 0
+        workers = min(cores_there // CORES_A_WORKER, len(numbers) // BATCHES_A_WORKER)
+        done = 0
+        try:
+            for arrays in self._ahead(plan, numbers, workers):
+                done += 1
+                yield Batch(*arrays)
+        except RuntimeError:
+            # Whoever sends SIGTERM to all processes of a run ends its workers, while the run itself has yet to save.
+            if workers == 0:
+                raise
+            yield from (Batch(*arrays) for arrays in self._ahead(plan, numbers[done:], 0))
+
+    def _ahead(self, plan: Plan, numbers: range, workers: int) -> Iterator[Arrays]:
+        every = cores.available()
+
+        def share_out(worker: int, count: int) -> None:
+            os.sched_setaffinity(0, every[worker::count])  # as many threads decode as there are cores
+
         read = grain.MapDataset.source(numbers).map(lambda number: self._read(plan(number)))
         ahead = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
-        # Grain's workers read command-line flags, which notebooks do not parse.
-        workers = len(cores.available()) // CORES_A_WORKER if flags.FLAGS.is_parsed() else 0
-        yield from read.to_iter_dataset(ahead).mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        processes = grain.MultiprocessingOptions(num_workers=workers)
+        yield from read.to_iter_dataset(ahead).mp_prefetch(processes, worker_init_fn=share_out if workers else None)
 
     def read_all(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns all images, uint8 (n, S, S, c), and labels, int32 (n,)."""
         return prepared.read_all(self.source, self.indices, self.size, self.channels)
 
-    def _read(self, indices: np.ndarray) -> Batch:
+    def _read(self, indices: np.ndarray) -> Arrays:
+        """Returns the arrays of a batch: those, but no objects, grain moves between processes in shared memory."""
         real = indices != PADDING
         images = np.zeros((len(indices), self.size, self.size, self.channels), np.uint8)
         labels = np.zeros(len(indices), np.int32)
         if real.any():
             images[real], labels[real] = self.source.read(self.indices[indices[real]], self.size, self.channels)
-        return Batch(images, labels, real.astype(np.float32))
+        return images, labels, real.astype(np.float32)

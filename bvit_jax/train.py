@@ -36,6 +36,7 @@ from bvit_jax import (
     metrics,
     preemption,
     processes,
+    run_images,
     sentinels,
     sharding,
     timing,
@@ -49,10 +50,9 @@ from bvit_jax.sharding import Layout, Placement
 from bvit_jax.stepping import Stepper
 from bvit_jax.train_step import TrainState
 
-IMAGES_FILE = "images.json"
 OUTPUTS = (
     *("checkpoints", "damaged", "metrics.jsonl", "timing.jsonl", INCIDENTS_FILE),
-    *("nonfinite", "tensorboard", "result.json", "sweep.json", IMAGES_FILE),
+    *("nonfinite", "tensorboard", "result.json", "sweep.json", run_images.FILE),
 )
 LOCK_PATIENCE_SECONDS = 5.0
 """A trial whose sweep was killed needs a moment to end."""
@@ -159,10 +159,9 @@ class _Run:
 
     def _claim_images(self) -> None:
         """Records which prepared images the run is of, or checks that they are the same as before."""
-        images = self.stepper.dataset
-        if images.digest:
-            identity = {"images": self.config.data.name, "digest": images.digest, "classes": list(images.class_names)}
-            workdirs.claim(self.workdir, IMAGES_FILE, identity, ())
+        origin = self.stepper.dataset.origin
+        if origin is not None:
+            run_images.claim(self.workdir, self.config.data.name, origin)
 
     def to_the_end(self) -> dict[str, Any]:
         state, known = self._start()

@@ -61,7 +61,7 @@ class Block(nn.Module):
     """One pre-norm Transformer layer: x + attention(norm(x)), then x + ffn(norm(x)).
 
     In training `skip` is the share of the images for which an addition is left out, each drawn for itself; the others
-    are scaled up to make good for it (stochastic depth).
+    are scaled up to make good for it (stochastic depth). Images that skip a mixture are routed and count in its report.
     """
 
     config: ModelConfig

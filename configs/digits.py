@@ -24,9 +24,14 @@ def parse(argument: str, defaults: tuple[str, str, str]) -> tuple[str, int, str]
     return family, int(experts), form
 
 
+def choose(config: ml_collections.ConfigDict, argument: str, defaults: tuple[str, str, str]) -> None:
+    """Sets kind and number of experts as `parse` reads them; each token gets two of them, or the only one."""
+    family, experts, form = parse(argument, defaults)
+    config.model.update({"family": family, "num_experts": experts, "form": form, "top_k": min(2, max(experts, 1))})
+
+
 def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     """Returns the configuration; `argument` is `FAMILY[,EXPERTS[,FORM]]`."""
-    family, experts, form = parse(argument, ("butterfly", "8", "separate"))
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.total_steps = 2000
@@ -61,9 +66,9 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     config.model = ml_collections.ConfigDict(
         {
             "variant": "tiny",
-            "family": family,
-            "form": form,
-            "num_experts": experts,
+            "family": "butterfly",
+            "form": "separate",
+            "num_experts": 8,
             "top_k": 2,
             "moe_layers": "every",
             "num_stages": 2,
@@ -97,4 +102,5 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "router_multiplier": 1.0,
         }
     )
+    choose(config, argument, ("butterfly", "8", "separate"))
     return config

@@ -17,7 +17,6 @@ from configs import digits
 
 def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict:
     """Returns the configuration; `argument` is `FAMILY[,EXPERTS[,FORM]]`. `tied` is the form of the paper's formula."""
-    family, experts, form = digits.parse(argument, ("butterfly", "64", "tied"))
     config = digits.get_config()
     config.total_steps = 20_000
     config.batch_size = 128
@@ -40,9 +39,7 @@ def get_config(argument: str = "butterfly,64,tied") -> ml_collections.ConfigDict
     config.augment.shift_probability = 1.0
     config.augment.noise = 0.0
     config.model.variant = "paper"
-    config.model.family = family
-    config.model.num_experts = experts
-    config.model.form = form
+    digits.choose(config, argument, ("butterfly", "64", "tied"))
     config.model.angle_bits = 8
     config.model.router_precision = "int8"
     config.optimizer.learning_rate = 6e-4

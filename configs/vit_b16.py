@@ -16,8 +16,7 @@ from configs import digits, paper
 
 def get_config(argument: str = "butterfly,64,separate") -> ml_collections.ConfigDict:
     """Returns the configuration; `argument` is `FAMILY[,EXPERTS[,FORM]]`."""
-    family, experts, form = digits.parse(argument, ("butterfly", "64", "separate"))
-    config = paper.get_config(f"{family},{experts},{form}")
+    config = paper.get_config()
     config.batch_size = 4096
     config.total_steps = 90_000
     config.data.image_size = 224
@@ -26,6 +25,7 @@ def get_config(argument: str = "butterfly,64,separate") -> ml_collections.Config
     config.data.num_train = 4096
     config.data.num_validation = 512
     config.data.num_test = 512
+    digits.choose(config, argument, ("butterfly", "64", "separate"))
     config.model.variant = "vit_b16"
     config.model.compute_dtype = "bfloat16"
     config.optimizer.learning_rate = 1e-3

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from absl import flags
 
-from bvit_jax import prepared
+from bvit_jax import data_dirs
 
 _DATA_DIR = flags.DEFINE_string(
     "data_dir",
     None,
-    f"The directory of prepared data sets; without it ${prepared.DATA_DIR_VARIABLE}, or ~/tensorflow_datasets.",
+    f"The directory of prepared data sets; without it ${data_dirs.VARIABLE}, or ~/tensorflow_datasets.",
 )
 
 
 def apply() -> Path:
     """Makes the flag hold for this process and those it starts, and returns the directory that holds now."""
     if _DATA_DIR.value:
-        os.environ[prepared.DATA_DIR_VARIABLE] = str(Path(_DATA_DIR.value).expanduser().absolute())
-    return prepared.data_dir()
+        os.environ[data_dirs.VARIABLE] = str(Path(_DATA_DIR.value).expanduser().absolute())
+    return data_dirs.current()

@@ -14,21 +14,21 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from bvit_jax import data, evaluate, files, memory, packed, packed_file, packing, pixels, sharding, trained
+from bvit_jax import data, evaluate, files, memory, packed, packed_file, packing, pixels, run_images, sharding, trained
 from bvit_jax.config import Config
 from bvit_jax.data_config import DataConfig
 from bvit_jax.model_config import ConfigError, require
 from bvit_jax.storage import Storage
 from experiments import data_flags, entry, storage_flags, tables
 
-SPLITS = ("test", "validation", "train")
+SPLITS = get_args(data.SplitName)
 _MODEL = flags.DEFINE_string("model", None, "A packed file, as experiments.export writes it.")
 _WORKDIR = flags.DEFINE_list("workdir", [], "Directories of runs of experiments.train, comma between.")
 _SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Which images.")
@@ -106,6 +106,9 @@ def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) 
         config, _, params = trained.best_params(Path(name))
         rotates = config.model.family == "butterfly" or not (bits or _WITHOUT_ROTATIONS.value)
         require(rotates, "workdir", name, "the run of a butterfly, for only these have angles")
+        origin = data.opened(config.data)
+        if origin is not None:
+            run_images.check(Path(name), config.data.name, origin)
         split = _split(config.data)
         if _WITHOUT_ROTATIONS.value:
             still = _trained(name, config, evaluate.without_rotations(params), split)
@@ -122,7 +125,8 @@ def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) 
 
 @functools.cache
 def _split(config: DataConfig) -> data.AnySplit:
-    return getattr(data.load(config), _SPLIT.value)
+    name: Any = _SPLIT.value
+    return data.load_split(config, name)
 
 
 def _packed(config: Config, params: Any, storage: Storage) -> packed.PackedModel:

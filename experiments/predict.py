@@ -5,6 +5,7 @@
 Images are PNG, JPEG or .npy files (`bvit_jax.images` says how they are made to fit).
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -31,19 +32,25 @@ def main(argv: Sequence[str]) -> None:
     require(bool(paths), "IMAGE", "", "one file or more: PNG, JPEG or .npy")
     require(bool(_MODEL.value), "model", _MODEL.value, "a packed file")
     model = packed.load(str(_MODEL.value))
-    loaded = [image for path in paths for image in images.load(Path(path), model.config.model)]
+    loaded = [image for path in paths for image in images.load(Path(path), model.config.data)]
     require(bool(loaded), "IMAGE", " ".join(paths), "files that hold an image")
     size = min(_BATCH_SIZE.value, len(loaded))
-    starts = range(0, len(loaded), size)
-    bar = tqdm(starts, unit="batch", disable=None if len(starts) > 1 else True, leave=False)
-    pixels = np.stack([image.pixels for image in loaded])
-    probabilities = np.concatenate([model.probabilities(pixels[start : start + size], size) for start in bar])
+    batches = _batches(loaded, size)
+    bar = tqdm(batches, unit="batch", disable=None if len(batches) > 1 else True, leave=False)
+    probabilities = np.concatenate([model.probabilities(pixels, size) for pixels in bar])
     if _JSON.value:
         rows = [_row(image, found) for image, found in zip(loaded, probabilities, strict=True)]
         print(json.dumps(rows, indent=2))
         return
     _show(loaded, probabilities)
     print(tables.memory_line(model.memory(size)), file=sys.stderr)
+
+
+def _batches(loaded: Sequence[Loaded], size: int) -> list[np.ndarray]:
+    """Returns the pixels in order, at most `size` images at a time; bytes and floating pixels are never mixed."""
+    alike = [list(run) for _, run in itertools.groupby(loaded, lambda image: image.pixels.dtype)]
+    parts = [run[start : start + size] for run in alike for start in range(0, len(run), size)]
+    return [np.stack([image.pixels for image in part]) for part in parts]
 
 
 def _row(image: Loaded, found: np.ndarray) -> dict[str, object]:

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 from rich.table import Table
-from tqdm import tqdm
 
-from bvit_jax import cifar, prepared
+from bvit_jax import cifar, data_dirs, prepared
 from bvit_jax.model_config import require
 from bvit_jax.prepared import PreparedSet, Source
 from experiments import data_flags, entry, tables
@@ -30,12 +29,14 @@ _SHA256 = flags.DEFINE_string(
     "sha256", None, "Of the archive in --archive_dir, if it is not the official one: the images are then not CIFAR."
 )
 flags.adopt_module_key_flags(data_flags)
-_CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """What one split holds: per image height and width, int32 (n, 2), and label, int32 (n,); and seconds to read it."""
+    """What one split holds: per image height and width, int32 (n, 2), and label, int32 (n,); and seconds to read it.
+
+    An image without a label has -1.
+    """
 
     sizes: np.ndarray
     labels: np.ndarray
@@ -47,9 +48,12 @@ def main(argv: Sequence[str]) -> None:
     del argv
     name, place = str(_DATASET.value), data_flags.apply()
     given = {"archive_dir": _ARCHIVE_DIR.value, "sha256": _SHA256.value}
-    if name in prepared.WITHOUT_TENSORFLOW:
+    if name in data_dirs.WITHOUT_TENSORFLOW:
         archive_dir = Path(_ARCHIVE_DIR.value).expanduser() if _ARCHIVE_DIR.value else None
+        before = data_dirs.versions(place / name)
         found = cifar.prepare(name, place, archive_dir, _SHA256.value)
+        if archive_dir is not None and found.version in before:
+            print("already prepared; the archive was not read")
     else:
         for flag, value in given.items():
             require(value is None, flag, value, f"left out, as {name} is not prepared here")
@@ -65,23 +69,31 @@ def main(argv: Sequence[str]) -> None:
 def _read(source: Source) -> _Read:
     """Decodes a whole split in the order of its files."""
     sizes, labels = np.empty((len(source), 2), np.int32), np.empty(len(source), np.int32)
+    every = np.arange(len(source))
     started = time.perf_counter()
-    with tqdm(total=len(source), desc=f"reading {source.name}", unit="image", disable=None, leave=False) as bar:
-        for start in range(0, len(source), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            sizes[part], labels[part] = source.measure(np.arange(len(source))[part])
-            bar.update(len(labels[part]))
+    for part in prepared.parts(source, len(source)):
+        sizes[part], labels[part] = source.measure(every[part])
     return _Read(sizes, labels, time.perf_counter() - started)
 
 
 def _table(found: PreparedSet, splits: dict[str, _Read]) -> Table:
     made = tables.table("images", "a class", "pixels", "images/s")
     for split, read in splits.items():
-        counts = np.bincount(read.labels, minlength=found.num_classes)
         heights, widths = (_range(read.sizes[:, axis]) for axis in (0, 1))
+        classes = _classes(read.labels, found.num_classes)
         speed = len(read.labels) / read.seconds
-        made.add_row(split, f"{len(read.labels):,}", _range(counts), f"{heights} x {widths}", f"{speed:,.0f}")
+        made.add_row(split, f"{len(read.labels):,}", classes, f"{heights} x {widths}", f"{speed:,.0f}")
     return made
+
+
+def _classes(labels: np.ndarray, num_classes: int) -> str:
+    """Says how many images the smallest and the largest class have, and how many have none."""
+    given = labels[labels >= 0]
+    if not len(given):
+        return "without labels"
+    unlabelled = len(labels) - len(given)
+    shown = _range(np.bincount(given, minlength=num_classes))
+    return f"{shown}; {unlabelled:,} without label" if unlabelled else shown
 
 
 def _range(numbers: np.ndarray) -> str:

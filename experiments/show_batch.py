@@ -6,6 +6,7 @@ Nothing is trained. The images are those of the step of a run of this configurat
 step itself; captions say the classes and, where images are mixed, their shares.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 from bvit_jax import config, data, pictures, pixels, sharding, train_step
 from bvit_jax.batches import Batch
 from bvit_jax.config import Config
+from bvit_jax.model_config import require
 from experiments import data_flags, entry
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration file, e.g. configs/cifar100.py.")
@@ -31,12 +33,15 @@ def main(argv: Sequence[str]) -> None:
     del argv
     data_flags.apply()
     resolved = config.resolve(entry.read_config(_CONFIG))
+    require(resolved.data.channels in (1, 3), "data.channels", resolved.data.channels, "1 or 3, to be drawn")
     path = Path(str(_OUT.value))
+    require(not path.is_dir(), "out", str(path), "a file")
     entry.make_directory("out", str(path.parent))
-    images = data.load(resolved.data)
+    streamed = dataclasses.replace(resolved.data, reading="stream")  # a batch is less than all
+    origin, split = data.opened(streamed), data.load_split(streamed, "train")
     rows = np.arange(resolved.batch_size)
-    batch = data.train_batch(images.train, resolved.batch_size, resolved.seed, _STEP.value, rows)
-    seen, captions = _as_seen(resolved, batch, images.class_names)
+    batch = data.train_batch(split, resolved.batch_size, resolved.seed, _STEP.value, rows)
+    seen, captions = _as_seen(resolved, batch, origin.class_names if origin else ())
     shown = slice(0, min(_IMAGES.value, len(rows)))
     title = f"{resolved.data.name}, seed {resolved.seed}, step {_STEP.value}: as stored, and as the model sees them"
     pictures.pairs(pixels.centre(batch.images, seen.shape[1])[shown] / 255, seen[shown], captions[shown], title, path)

@@ -22,7 +22,20 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from bvit_jax import config, data, executor, failures, files, memory_report, plots, preemption, sharding, storage, sweep
+from bvit_jax import (
+    config,
+    data,
+    executor,
+    failures,
+    files,
+    memory_report,
+    plots,
+    preemption,
+    run_images,
+    sharding,
+    storage,
+    sweep,
+)
 from bvit_jax import workdir as workdirs
 from bvit_jax.failures import Failures
 from bvit_jax.model_config import require
@@ -61,12 +74,14 @@ def main(argv: Sequence[str]) -> None:
     for trial in trials:
         model, batch_size = trial.config.model, trial.config.batch_size
         sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
-    for images in {trial.config.data for trial in trials}:
-        data.check(images)
+    images = {of.name: data.opened(of) for of in {trial.config.data for trial in trials}}
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
     with preemption.watch() as notice, workdirs.locked(workdir, LOCK_PATIENCE_SECONDS) as dead:
         if dead is not None:
             print(f"taking over from {dead}, which ended without letting go")
+        for name, found in images.items():
+            if found is not None:
+                run_images.claim(workdir, name, found)
         _run(trials, memory_base, workdir, _JOBS.value or platform.default_jobs, notice)
 
 

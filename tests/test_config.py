@@ -15,7 +15,7 @@ import configs
 from bvit_jax.config import Config, LossConfig, OptimizerConfig, from_dict, resolve
 from bvit_jax.data_config import AugmentConfig, DataConfig
 from bvit_jax.model_config import ConfigError, Family, ModelConfig
-from configs import cifar10, cifar100, digits, paper
+from configs import cifar10, cifar100, digits, imagenet_s16, paper
 from tests.conftest import make_config
 
 RUN_CONFIGS = [module.name for module in pkgutil.iter_modules(configs.__path__) if not module.name.startswith("sweep")]
@@ -410,10 +410,35 @@ def test_the_digest_does_not_depend_on_the_order_of_fields(random):
     assert from_dict(shuffled(config.to_dict())).digest() == config.digest()
 
 
-@pytest.mark.parametrize("name", sorted(OTHER))
+# With these every part of the augmentation is there, whose fields would otherwise be reset.
+STRONG = {"shift_probability": 0.5, "randaugment_ops": 2, "randaugment_magnitude": 9.0, "randaugment_probability": 0.5}
+
+
+def strongly_augmented(**changes: object) -> Config:
+    raw = raw_config(PROCEDURAL)
+    raw["augment"] |= STRONG | changes
+    return resolve(raw)
+
+
+@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"augment.min_area"}))
 def test_every_field_changes_the_digest(name):
-    config = resolve(raw_config(PROCEDURAL))
-    assert changed(name, OTHER[name], PROCEDURAL).digest() != config.digest()
+    section, _, field = name.rpartition(".")
+    if section == "augment":
+        assert strongly_augmented(**{field: OTHER[name]}).digest() != strongly_augmented().digest()
+    else:
+        config = resolve(raw_config(PROCEDURAL))
+        assert changed(name, OTHER[name], PROCEDURAL).digest() != config.digest()
+
+
+def test_fields_of_what_is_left_out_do_not_change_the_digest():
+    cut = strongly_augmented(crop="resized", min_area=0.5)
+    assert cut.digest() != strongly_augmented(crop="resized", min_area=0.6).digest()
+    assert cut == strongly_augmented(crop="resized", min_area=0.5, max_shift=3, shift_probability=0.25)
+    assert strongly_augmented(min_area=0.5) == strongly_augmented()
+    assert strongly_augmented(max_shift=0) == strongly_augmented(shift_probability=0.0)
+    still = strongly_augmented(randaugment_ops=0).augment
+    assert still == strongly_augmented(randaugment_probability=0.0, randaugment_deviation=1.0).augment
+    assert (still.randaugment_ops, still.randaugment_magnitude, still.randaugment_deviation) == (0, 0.0, 0.0)
 
 
 def test_every_leaf_is_covered_above():
@@ -491,12 +516,27 @@ def test_what_cifar_fixes_need_not_be_given_and_cannot_be_changed():
         resolve(raw)
 
 
+def test_a_version_of_cifar_is_cifar():
+    raw = cifar100.get_config().to_dict()
+    raw["data"]["name"] = "cifar100:3.0.2"
+    assert resolve(raw).data == dataclasses.replace(
+        resolve(cifar100.get_config().to_dict()).data, name="cifar100:3.0.2"
+    )
+
+
+def test_a_single_expert_is_selected_alone():
+    for get_config in (digits.get_config, paper.get_config, cifar100.get_config, imagenet_s16.get_config):
+        for experts, top_k in ((1, 1), (2, 2), (256, 2)):
+            assert resolve(get_config(f"standard,{experts}").to_dict()).model.top_k == top_k
+
+
 def test_the_warm_up_of_a_recipe_goes_with_its_length():
     config = cifar100.get_config()
     assert config.total_steps == 105_468  # 300 epochs of 45,000 images, 128 a step
     assert config.optimizer.warmup_steps == 3_515  # 10 of them
     config.total_steps = 20
     assert resolve(config.to_dict()).optimizer.warmup_steps == 0
+    assert imagenet_s16.get_config().optimizer.warmup_steps == 10_000
 
 
 @pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])

@@ -122,15 +122,16 @@ def test_only_butterflies_have_angles(standard_run, run, tmp_path):
 
 
 def test_predictions_on_files(model, tmp_path):
-    test = data.load(make_config().data).test
-    picture = (test.images[0, ..., 0] * 255).round().astype(np.uint8)
-    Image.fromarray(picture).save(tmp_path / "a.png")
-    np.save(tmp_path / "b.npy", test.images[1:4])
-    files = [tmp_path / "a.png", tmp_path / "b.npy"]
-    rows = json.loads(start("experiments.predict", f"--model={model}", "--json", "--batch_size=3", *files).stdout)
-    assert [row["image"] for row in rows] == [str(files[0]), *[f"{files[1]}[{index}]" for index in range(3)]]
-    pixels = np.concatenate([(picture / np.float32(255))[None, ..., None], test.images[1:4]])
-    wanted = packed.load(model).probabilities(pixels)
+    picture, *others = data.load(make_config().data).test.images[:4]
+    Image.fromarray(picture[..., 0]).save(tmp_path / "a.png")
+    floating = np.stack(others) / np.float32(255)
+    np.save(tmp_path / "b.npy", floating)
+    np.save(tmp_path / "c.npy", picture)
+    files = [tmp_path / "a.png", tmp_path / "b.npy", tmp_path / "c.npy"]
+    rows = json.loads(start("experiments.predict", f"--model={model}", "--json", "--batch_size=2", *files).stdout)
+    names = [str(files[0]), *[f"{files[1]}[{index}]" for index in range(3)], str(files[2])]
+    assert [row["image"] for row in rows] == names
+    wanted = packed.load(model).probabilities(np.stack([picture, *others, picture]))
     np.testing.assert_allclose([row["probabilities"] for row in rows], wanted, atol=1e-6)
     assert [row["class"] for row in rows] == wanted.argmax(axis=1).tolist()
     assert [row["probability"] for row in rows] == pytest.approx(wanted.max(axis=1), abs=1e-6)

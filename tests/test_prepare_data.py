@@ -11,10 +11,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from bvit_jax import prepared
+from bvit_jax import data_dirs, prepared
 from experiments import data_flags
 from tests.conftest import ROOT
-from tests.made_archive import make, prepare_jpegs
+from tests.made_archive import make, prepare_jpegs, prepare_unlabelled
 
 
 def start(*arguments, cwd=ROOT):
@@ -46,7 +46,8 @@ def test_cifar_is_prepared_read_and_described(tmp_path):
     # Given again, it reads again and prepares nothing.
     (tmp_path / "cifar-10-binary.tar.gz").unlink()
     again = start(*flags, cwd=tmp_path)
-    assert (again.returncode, again.stdout.splitlines()[:2]) == (0, lines[:2])
+    told = ["already prepared; the archive was not read", *lines[:2]]
+    assert (again.returncode, again.stdout.splitlines()[:3]) == (0, told)
 
 
 def test_another_set_is_read_and_described(tmp_path):
@@ -57,6 +58,19 @@ def test_another_set_is_read_and_described(tmp_path):
     sizes, _ = prepared.open_set("tiny_jpegs", place).source("train").measure(np.arange(40))
     heights, widths = (f"{sizes[:, axis].min()} to {sizes[:, axis].max()}" for axis in (0, 1))
     assert train[:4] == ["train", "40", "10", f"{heights} x {widths}"]
+
+
+def test_splits_without_labels_are_read_and_shown_as_such(tmp_path):
+    place = prepare_unlabelled(tmp_path, {"train": [0, 1, 1], "validation": [1, -1, -1], "test": [-1, -1]})
+    run = start("--dataset=unlabelled", f"--data_dir={place}")
+    assert (run.returncode, run.stderr) == (0, "")
+    rows = [cells(line) for line in run.stdout.splitlines()]
+    found = {row[0]: row[1:4] for row in rows if row[0] in ("train", "validation", "test")}
+    assert found == {
+        "train": ["3", "0 to 2", "4 x 4"],
+        "validation": ["3", "0 to 1; 2 without label", "4 x 4"],
+        "test": ["2", "without labels", "4 x 4"],
+    }
 
 
 def test_a_damaged_image_is_found(tmp_path):
@@ -108,5 +122,5 @@ def test_the_flag_holds_for_this_process_and_its_children(parsed, monkeypatch, t
     monkeypatch.setenv("HOME", "/home/ada")
     for given, meant in (("sets", tmp_path / "sets"), ("~/sets", Path("/home/ada/sets")), ("/sets", Path("/sets"))):
         with flagsaver.flagsaver(data_dir=given):
-            assert data_flags.apply() == prepared.data_dir() == meant
+            assert data_flags.apply() == data_dirs.current() == meant
         assert os.environ["TFDS_DATA_DIR"] == str(meant)

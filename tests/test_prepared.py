@@ -1,4 +1,5 @@
 import concurrent.futures
+import functools
 import io
 import json
 import pickle
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tqdm import tqdm
 
 from bvit_jax import decoding, prepared
 from bvit_jax.model_config import ConfigError
@@ -39,6 +41,11 @@ def describe(folder, **changes):
     """Changes fields of the description of a prepared version."""
     path = folder / "dataset_info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def tiny_png():
@@ -71,17 +78,6 @@ def prepare_small(place, name, features, examples):
 LABEL = tfds.features.ClassLabel(num_classes=4)
 
 
-def test_sets_are_looked_for_where_the_environment_says_or_at_home(monkeypatch, tmp_path):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    assert prepared.data_dir() == tmp_path
-    monkeypatch.setenv("HOME", "/home/ada")
-    monkeypatch.setenv("TFDS_DATA_DIR", "~/sets")
-    assert str(prepared.data_dir()) == "/home/ada/sets"
-    for unset in (lambda: monkeypatch.setenv("TFDS_DATA_DIR", ""), lambda: monkeypatch.delenv("TFDS_DATA_DIR")):
-        unset()
-        assert str(prepared.data_dir()) == "/home/ada/tensorflow_datasets"
-
-
 def test_a_set_is_described(version):
     found = prepared.open_set("tiny_jpegs")
     assert (found.name, found.version, found.directory) == ("tiny_jpegs", "1.0.0", version)
@@ -107,20 +103,6 @@ def test_the_digest_follows_the_content_and_not_the_place(made, place, tmp_path)
     assert len(others | {digest}) == 4
 
 
-def test_the_newest_version_is_opened_unless_another_is_named(version):
-    for newer in ("1.9.0", "1.10.0"):
-        shutil.copytree(version, version.parent / newer)
-        describe(version.parent / newer, version=newer)
-    # Half-prepared, and bare of a description: neither is a version.
-    shutil.copytree(version, version.parent / "incomplete.ABCDEF_2.0.0")
-    (version.parent / "3.0.0").mkdir()
-    assert prepared.open_set("tiny_jpegs").version == "1.10.0"
-    assert prepared.open_set("tiny_jpegs:1.9.0").version == "1.9.0"
-    there = "tiny_jpegs:1.0.0, tiny_jpegs:1.10.0, tiny_jpegs:1.9.0"
-    with pytest.raises(ConfigError, match=rf"'tiny_jpegs:2.0.0': not prepared in .* \(there: {there}\)"):
-        prepared.open_set("tiny_jpegs:2.0.0")
-
-
 def test_a_configuration_is_part_of_the_name(place):
     shutil.move(place / "tiny_jpegs", place / "other")
     (place / "tiny_jpegs").mkdir()
@@ -128,27 +110,8 @@ def test_a_configuration_is_part_of_the_name(place):
     found = prepared.open_set("tiny_jpegs/small:1.0.0")
     assert (found.name, found.splits["train"]) == ("tiny_jpegs/small", 40)
     assert len(found.source("train")) == 40
-    with pytest.raises(ConfigError, match=r"not prepared.*there: tiny_jpegs/small:1\.0\.0\)"):
+    with pytest.raises(ConfigError, match=rf"not prepared in {place} \(there: tiny_jpegs/small:1\.0\.0\)"):
         prepared.open_set("tiny_jpegs")
-
-
-def test_what_is_not_there_is_said_with_what_to_run(place, tmp_path):
-    with pytest.raises(ConfigError) as raised:
-        prepared.open_set("cifar100")
-    assert str(raised.value) == (
-        f"data.name = 'cifar100': not prepared in {place} (there: tiny_jpegs:1.0.0); "
-        f"run: python -m experiments.prepare_data --dataset=cifar100 --data_dir={place}"
-    )
-    with pytest.raises(ConfigError) as raised:
-        prepared.open_set("imagenet2012", tmp_path / "no such")
-    assert str(raised.value) == (
-        f"data.name = 'imagenet2012': there is no directory {tmp_path / 'no such'}; where TensorFlow is installed, "
-        f"run: tfds build imagenet2012 --data_dir='{tmp_path / 'no such'}' --file_format=array_record"
-    )
-    for number in range(12):
-        shutil.copytree(place / "tiny_jpegs", place / f"copy{number}")
-    with pytest.raises(ConfigError, match=r"there: copy0:1\.0\.0, .*copy5:1\.0\.0 and 5 more\)"):
-        prepared.open_set("mnist")
 
 
 @pytest.mark.parametrize("fields", [{"fileFormat": "tfrecord"}, {"fileFormat": "riegeli"}])
@@ -254,6 +217,18 @@ def test_all_images_are_read_in_parts(place, monkeypatch):
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_parts_make_up_the_whole_and_move_the_bar(place, monkeypatch):
+    source = prepared.open_set("tiny_jpegs").source("train")
+    monkeypatch.setattr(prepared, "_CHUNK", 7)
+    terminal = Terminal()
+    monkeypatch.setattr(prepared, "tqdm", functools.partial(tqdm, file=terminal, mininterval=0, miniters=1))
+    assert [np.arange(40)[part].size for part in prepared.parts(source, 40)] == [7] * 5 + [5]
+    assert list(prepared.parts(source, 0)) == []
+    assert "reading tiny_jpegs:1.0.0, split train:" in terminal.getvalue()
+    for done in (7, 35, 40):
+        assert f" {done}/40 " in terminal.getvalue()
+
+
 def test_a_source_is_read_by_threads_at_once_and_from_a_pickle(place):
     source = prepared.open_set("tiny_jpegs").source("train")
     restored = pickle.loads(pickle.dumps(source))
@@ -299,22 +274,48 @@ def test_a_damaged_file_is_said_when_it_is_read(version, damage):
         source.read(np.arange(40), 8, 3)
 
 
-def test_bad_images_and_labels_are_named(tmp_path):
+def test_bad_images_are_named(tmp_path):
     features = {"file_name": tfds.features.Text(), "image": tfds.features.Image(), "label": LABEL}
     examples = [
         {"file_name": "fine.png", "image": tiny_png(), "label": 1},
         {"file_name": "cut.png", "image": tiny_png()[:40], "label": 1},
-        {"file_name": "unlabelled.png", "image": tiny_png(), "label": -1},
     ]
     prepare_small(tmp_path, "faulty", features, examples)
     source = prepared.open_set("faulty", tmp_path).source("train")
-    cut, fine, unlabelled = (stored_order("train", 3).index(index) for index in (1, 0, 2))
+    cut, fine = (stored_order("train", 2).index(index) for index in (1, 0))
     assert source.read(np.array([fine]), 4, 3)[1].tolist() == [1]
     for read in (lambda index: source.read(np.array([index]), 4, 3), lambda index: source.measure(np.array([index]))):
         with pytest.raises(ConfigError, match=rf"split train, image {cut} \(cut.png\): the image cannot be decoded"):
             read(cut)
-        with pytest.raises(ConfigError, match=rf"image {unlabelled} \(unlabelled.png\): the label is -1; .* 0 to 3"):
-            read(unlabelled)
+
+
+def test_images_without_labels_are_measured_and_not_read(tmp_path):
+    features = {"file_name": tfds.features.Text(), "image": tfds.features.Image(), "label": LABEL}
+    examples = [{"file_name": f"{n}.png", "image": tiny_png(), "label": label} for n, label in enumerate((-1, 3))]
+    prepare_small(tmp_path, "halfway", features, examples)
+    source = prepared.open_set("halfway", tmp_path).source("train")
+    order = stored_order("train", 2)
+    _, labels = source.measure(np.arange(2))
+    assert labels.tolist() == [(-1, 3)[index] for index in order]
+    with pytest.raises(ConfigError) as raised:
+        source.read(np.arange(2), 4, 3)
+    assert str(raised.value) == (
+        f"halfway:1.0.0, split train, image {order.index(0)} (0.png): the label is -1: images of this split have no "
+        f"labels; they must be 0 to 3"
+    )
+
+
+@pytest.mark.parametrize("label", [-2, 4])
+def test_labels_that_no_class_has_are_named(tmp_path, label, monkeypatch):
+    prepare_small(
+        tmp_path, "faulty", {"image": tfds.features.Image(), "label": LABEL}, [{"image": tiny_png(), "label": 1}]
+    )
+    source = prepared.open_set("faulty", tmp_path).source("train")
+    fetched = {"image": tiny_png(), "label": label}
+    monkeypatch.setattr(prepared.Source, "_fetch", lambda *_: [fetched])
+    for read in (lambda index: source.read(index, 4, 3), source.measure):
+        with pytest.raises(ConfigError, match=rf"split train, image 0: the label is {label}; it must be 0 to 3$"):
+            read(np.array([0]))
 
 
 def test_a_bad_image_may_have_a_number_for_its_name(tmp_path):

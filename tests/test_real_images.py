@@ -64,8 +64,7 @@ def test_a_prepared_archive_is_trained_on_and_evaluated(folder, trained):
     assert [row["step"] for row in rows if row["split"] == "validation"] == [3, 6]
     assert [row["step"] for row in rows if row["split"] == "test"] == [6]  # once
     images = json.loads((trained / "images.json").read_text())
-    assert images["images"] == "cifar100"
-    assert len(images["classes"]) == 100
+    assert len(images["cifar100"]["classes"]) == 100
     model = folder / "model.safetensors"
     run = start("experiments.export", f"--workdir={trained}", f"--out={model}", "--angle_bits=8")
     assert run.returncode == 0, run.stderr
@@ -92,8 +91,32 @@ def test_a_run_is_not_gone_on_with_on_other_images(folder, trained, tmp_path):
     )
     (tmp_path / "result.json").rename(trained / "result.json")
     assert run.returncode == 2
-    assert run.stderr.strip().splitlines()[-1].startswith(f"error: workdir = '{trained}': it is of another config")
-    assert "digest: " in run.stderr
+    told = f"error: workdir = '{trained}': it is of other images of cifar100, digest "
+    assert run.stderr.strip().splitlines()[-1].startswith(told)
+    run = start("experiments.evaluate", f"--workdir={trained}", f"--data_dir={tmp_path / 'data'}")
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith(told)
+
+
+def test_images_stored_larger_than_the_model_sees_are_cut_streamed_trained_on_and_scored(tmp_path):
+    made_archive.prepare_jpegs(tmp_path / "data", train=40, validation=11)
+    where = f"--data_dir={tmp_path / 'data'}"
+    sizes = {"name": "tiny_jpegs", "num_classes": 4, "num_train": 32, "num_validation": 8, "num_test": 11}
+    sizes |= {"stored_size": 24, "image_size": 16}
+    flags = [f"--config.data.{name}={value}" for name, value in sizes.items()]
+    flags += ["--config.model.image_size=16", "--config.total_steps=3", "--config.optimizer.ema_decay=0.9", *SMALL]
+    config = "--config=configs/imagenet_s16.py:butterfly,4,tied"
+    run = start("experiments.train", config, f"--workdir={tmp_path / 'run'}", where, *flags)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["test"]["count"] == 11
+    model = tmp_path / "model.safetensors"
+    assert start("experiments.export", f"--workdir={tmp_path / 'run'}", f"--out={model}").returncode == 0
+    for source in (f"--workdir={tmp_path / 'run'}", f"--model={model}"):
+        run = start("experiments.evaluate", source, where, "--json", "--batch_size=4")
+        assert run.returncode == 0, run.stderr
+        [row] = json.loads(run.stdout)
+        assert (row["count"], row["nll"]) == (11, pytest.approx(result["test_nll"], abs=0.01))
 
 
 def test_images_that_are_not_there_are_one_clear_error(folder, tmp_path):
@@ -116,6 +139,20 @@ def test_a_batch_is_drawn_as_the_model_sees_it(folder, tmp_path):
     with Image.open(path) as picture:
         assert min(picture.size) > 200
         assert len(picture.convert("RGB").getcolors(10**6)) > 1000  # not blank
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([CONFIG, "--out=/"], "out = '/': it must be a file"),
+        ([CONFIG, "--out=/proc/nowhere/batch.png"], "out = '/proc/nowhere': it must be a directory that can be"),
+        (["--config=configs/paper.py", "--config.data.channels=2"], "data.channels = 2: it must be 1 or 3, to be"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_one_clear_error(folder, flags, message):
+    run = start("experiments.show_batch", f"--data_dir={folder / 'data'}", *flags)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
 
 
 def test_the_input_is_timed(folder, tmp_path):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from bvit_jax import batches, cores, data, prepared, streams
+from bvit_jax import batches, cores, data, data_dirs, prepared, streams
 from bvit_jax.data_config import DataConfig
 from bvit_jax.model_config import ConfigError
 from tests import made_archive
@@ -36,14 +39,14 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_data_dir(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(prepared.DATA_DIR_VARIABLE, str(data_dir))
+    monkeypatch.setenv(data_dirs.VARIABLE, str(data_dir))
 
 
 @pytest.fixture(scope="module")
 def both(data_dir: Path) -> Iterator[tuple[data.Dataset, data.Dataset]]:
     """The same images, in memory and read as they are needed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(prepared.DATA_DIR_VARIABLE, str(data_dir))
+        patch.setenv(data_dirs.VARIABLE, str(data_dir))
         yield data.load(dataclasses.replace(JPEGS, reading="memory")), data.load(JPEGS)
 
 
@@ -62,8 +65,8 @@ def test_the_splits_are_as_asked_and_have_no_image_in_common(both):
     assert len(set(images)) == 48
     assert held.train.images.shape == (30, 24, 24, 3)
     assert held.train.images.dtype == np.uint8
-    assert held.digest == both[1].digest != ""
-    assert len(held.class_names) == 4
+    assert held.origin == both[1].origin is not None
+    assert len(held.origin.class_names) == 4
 
 
 def test_what_is_streamed_is_what_memory_holds(both):
@@ -93,13 +96,21 @@ def test_the_batches_are_the_same_on_any_number_of_hosts_and_after_a_resume(both
                 np.testing.assert_array_equal(joined, getattr(expected, name))
 
 
-def test_processes_that_read_give_the_same_batches(both, monkeypatch):
-    monkeypatch.setattr(cores, "available", lambda: list(range(2 * streams.CORES_A_WORKER)))
+@pytest.mark.parametrize("killed_after", [None, 2])
+def test_processes_that_read_give_the_same_batches_and_may_be_killed(both, monkeypatch, killed_after):
+    monkeypatch.setattr(streams, "CORES_A_WORKER", max(len(cores.available()) // 2, 1))
+    monkeypatch.setattr(streams, "BATCHES_A_WORKER", 1)
     flags.FLAGS.mark_as_parsed()
     try:
-        pair = [data.train_batches(dataset.train, 8, 5, range(5), np.arange(8)) for dataset in reversed(both)]
-        for found, expected in zip(*pair, strict=True):
+        pair = [data.train_batches(dataset.train, 8, 5, range(12), np.arange(8)) for dataset in reversed(both)]
+        for number, (found, expected) in enumerate(zip(*pair, strict=True)):
             assert_same(found, expected)
+            workers = multiprocessing.active_children()
+            if number == 0:
+                assert len(workers) == min(len(cores.available()), 2)
+            if number == killed_after:
+                for worker in workers:
+                    os.kill(worker.pid, signal.SIGTERM)
     finally:
         flags.FLAGS.unparse_flags()
 
@@ -133,12 +144,12 @@ def test_validation_does_not_depend_on_how_many_images_are_trained_on(both):
 def test_a_set_that_is_not_as_configured_is_refused_before_an_image_is_read(changes, message, monkeypatch):
     monkeypatch.setattr(prepared.Source, "read", lambda *_: pytest.fail("an image was read"))
     config = dataclasses.replace(JPEGS, reading="memory", **changes)
-    for look in (data.check, data.load):
+    for look in (data.opened, data.load):
         with pytest.raises(ConfigError) as raised:
             look(config)
         assert str(raised.value).startswith(message)
 
 
 def test_sets_that_are_always_there_are_found(monkeypatch):
-    monkeypatch.setenv(prepared.DATA_DIR_VARIABLE, "/nowhere")
-    data.check(dataclasses.replace(JPEGS, name="procedural"))
+    monkeypatch.setenv(data_dirs.VARIABLE, "/nowhere")
+    assert data.opened(dataclasses.replace(JPEGS, name="procedural")) is None

@@ -14,8 +14,10 @@ import pytest
 
 from bvit_jax import (
     batches,
+    bundles,
     checkpoints,
     data,
+    digests,
     evaluate,
     journal,
     metrics,
@@ -309,6 +311,23 @@ def cut_off(config: Config, workdir: Path, step: int) -> None:
         patch.setattr(Stepper, "batch", cut)
         with pytest.raises(KeyboardInterrupt):
             train.run(config, workdir, show_progress=False)
+
+
+def test_an_averaged_run_is_gone_on_with_and_its_average_is_what_counts(tmp_path):
+    config = make_config("dense", total_steps=7, optimizer__ema_decay=0.5)
+    result = train.run(config, tmp_path / "whole", show_progress=False)
+    cut_off(config, tmp_path / "cut", 6)
+    assert without_timing(train.run(config, tmp_path / "cut", show_progress=False)) == without_timing(result)
+    assert last_digests(tmp_path / "cut") == last_digests(tmp_path / "whole")
+    state = restored(config, tmp_path / "whole", result["best_step"])
+    _, step, params = trained.best_params(tmp_path / "whole")
+    assert step == result["best_step"]
+    jax.tree.map(np.testing.assert_array_equal, params, state.average)
+    assert np.abs(params["head"]["kernel"] - state.params["head"]["kernel"]).max() > 1e-4
+    assert result["params_digest"] == digests.combined(digests.of_tree(bundles.bundle(state.average)))
+    place = sharding.place(config.model, config.batch_size)
+    found = evaluate.evaluate(params, config.model, data.load_split(config.data, "test"), config.batch_size, place)
+    assert (found.accuracy, found.nll) == (result["test_accuracy"], result["test_nll"])
 
 
 def harm(workdir: Path, step: int) -> None:
