@@ -120,7 +120,7 @@ class _Bench:
         )
 
     def parts(self) -> dict[str, Work]:
-        """Returns what is timed, by name; no part keeps more than its last two results."""
+        """Returns what is timed, by name; results are let go of, as a window may make more than fit."""
         fixed = next(self._moved(range(1)))
         made, moved, fresh = self._batches(), self._moved(), self._moved()
 

@@ -4,16 +4,16 @@ The recipe is that of Compact Transformers (Hassani et al., arXiv 2104.05704; gi
 configs/datasets/cifar100.yml), which reports 73.94 % for the dense model with d_ff 512: AdamW 6e-4 to 1e-5, decay 0.06,
 batch 128, 10 epochs of warm-up, cuts of 80 to 100 % of the area, mirroring, RandAugment (2 operations, magnitude
 9), Mixup 0.8 or CutMix 1.0, random erasing 0.25, smoothing 0.1, attention dropout 0.1, stochastic depth 0.1. Not as
-there: d_ff is 1024, the norms stand before attention and FFN, all of attention has biases, positions start small; 5,000 of
-the 50,000 training images are held out for selection; pixels go to -1..1, not by mean and deviation; interpolation is
-linear, what comes in at edges grey; warm-up begins at 0; the norm of the gradient is clipped at 1; no 10 epochs at the
-last learning rate are added.
+there: d_ff is 1024, the norms stand before attention and FFN, all of attention has biases, positions start small;
+5,000 of the 50,000 training images are held out for selection; pixels go to -1..1, not by mean and deviation;
+interpolation is linear, what comes in at edges grey; warm-up begins at 0; the norm of the gradient is clipped at 1; no
+10 epochs at the last learning rate are added.
 
 Prepare:   python -m experiments.prepare_data --dataset=cifar100 --data_dir=DIR
 Command:   python -m experiments.train --config=configs/cifar100.py:butterfly,64 --workdir=runs/cifar100 --data_dir=DIR
            families: dense, standard,64, ternary,64, butterfly,64[,separate|tied]; all in configs/sweep_cifar100.py
-Hardware:  not yet run; compiled for v5e:2x2 (experiments.compile_tpu), training with 64 experts takes of each chip's 16.9
-           GB at most 0.55 (butterfly separate), 2.32 (standard), 2.79 (ternary), 0.64 (dense)
+Hardware:  not yet run; compiled for v5e:2x2 (experiments.compile_tpu), training with 64 experts takes of each chip's
+           16.9 GB at most 0.55 (butterfly separate), 2.32 (standard), 2.79 (ternary), 0.64 (dense)
 Time:      not yet run
 Result:    not yet run
 """

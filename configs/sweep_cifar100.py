@@ -1,8 +1,8 @@
 """CIFAR-100: dense, standard, ternary and butterfly mixtures of 1 to 256 experts, three seeds each.
 
-63 runs of 300 epochs, for accelerators. The largest, `standard` and `ternary` with 256 experts, hold 3.8 GB of parameters,
-and as much in each of two moments and the gradient: too much for one chip of a v5e. A slice shares them out: compiled
-for v5e:2x2, a training step takes 5.35 of each chip's 16.9 GB (`standard`; butterfly 0.70).
+63 runs of 300 epochs, for accelerators. The largest, `standard` and `ternary` with 256 experts, hold 3.8 GB of
+parameters, and as much in each of two moments and the gradient: too much for one chip of a v5e. A slice shares them
+out: compiled for v5e:2x2, a training step takes 5.35 of each chip's 16.9 GB (`standard`; butterfly 0.70).
 
 Prepare:   python -m experiments.prepare_data --dataset=cifar100 --data_dir=DIR
 Command:   python -m experiments.sweep --config=configs/sweep_cifar100.py --workdir=runs/sweep_cifar100 --data_dir=DIR
