@@ -4,7 +4,6 @@ Axes: B batch, S pixels a side, c channels.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 
 import grain
@@ -64,7 +63,7 @@ class Streamed:
         every = cores.available()
 
         def share_out(worker: int, count: int) -> None:
-            os.sched_setaffinity(0, every[worker::count])  # as many threads decode as there are cores
+            cores.keep_to(every[worker::count])  # as many threads decode as there are cores
 
         read = grain.MapDataset.source(numbers).map(lambda number: self._read(plan(number)))
         ahead = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from bvit_jax import config, failures, preemption, train
+from bvit_jax import config, cores, failures, preemption, train
 
 OUTPUT_FILE = "output.txt"
 """What a trial prints, in its directory."""
@@ -22,7 +22,7 @@ STOP = b"stop"
 
 
 def run(
-    stored: dict[str, Any], directory: Path, cores: list[int], compilation_cache: Path, sweep_pipe: Connection
+    stored: dict[str, Any], directory: Path, share: list[int], compilation_cache: Path, sweep_pipe: Connection
 ) -> None:
     """Runs one trial to its end; if it fails, sends the cause, and exits with status 1.
 
@@ -31,7 +31,7 @@ def run(
     Args:
         stored: the configuration as plain data.
         directory: of the trial; made if absent.
-        cores: those to run on.
+        share: cores to run on.
         compilation_cache: directory for compiled programs.
         sweep_pipe: to the process of the sweep; the trial ends when that does.
     """
@@ -42,8 +42,7 @@ def run(
         with (directory / OUTPUT_FILE).open("a") as output:
             os.dup2(output.fileno(), sys.stdout.fileno())
             os.dup2(output.fileno(), sys.stderr.fileno())
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores)  # before JAX counts its threads
+        cores.keep_to(share)  # before JAX counts its threads
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         train.run(config.from_dict(stored), directory, show_progress=False)
