@@ -29,7 +29,7 @@ def make_state(step: int) -> TrainState:
     params = {"head": {"kernel": jnp.asarray(rng.standard_normal((3, 4)), jnp.float32)}}
     moments = ({"mean": jnp.asarray(rng.standard_normal(4), jnp.bfloat16)}, jnp.int32(step * 10))
     sentinel = Sentinel(jnp.int32(1), jnp.int32(step), jnp.float32("nan"), {"head": jnp.float32("inf")})
-    return TrainState(jnp.int32(step), params, moments, sentinel)
+    return TrainState(jnp.int32(step), params, None, moments, sentinel)
 
 
 def drawn_state(config: Config) -> TrainState:

@@ -28,14 +28,17 @@ def first_state(config: Config) -> TrainState:
 def test_bytes_of_a_state_are_those_of_the_fullest_device():
     params = {"whole": parts(a=100, b=100), "split": parts(a=10, b=30), "on one": parts(c=120)}
     opt_state = ({"mu": parts(a=7), "nu": parts(a=7, c=8)}, parts(a=1, b=1, c=1))
-    state = TrainState(parts(a=4, b=4, c=4), params, opt_state, parts(a=400, b=400, c=400))
+    state = TrainState(parts(a=4, b=4, c=4), params, None, opt_state, parts(a=400, b=400, c=400))
     # a: 100 + 10, b: 100 + 30, c: 120; then a: 7 + 7 + 1, b: 1, c: 8 + 1.
     assert device_memory.of_state(state) == {"params_bytes": 130, "optimizer_bytes": 15}
+    # An average counts with the optimiser: a: 15 + 50, b: 1 + 70.
+    averaged = state.replace(average=parts(a=50, b=70))
+    assert device_memory.of_state(averaged) == {"params_bytes": 130, "optimizer_bytes": 71}
 
 
 def test_bytes_of_real_arrays_by_hand():
     params = {"a": jnp.zeros((3, 5)), "b": jnp.zeros(7, jnp.bfloat16)}
-    state = TrainState(jnp.int32(0), params, (jnp.zeros(2, jnp.int32), ()), jnp.zeros(50))
+    state = TrainState(jnp.int32(0), params, None, (jnp.zeros(2, jnp.int32), ()), jnp.zeros(50))
     assert device_memory.of_state(state) == {"params_bytes": 4 * 15 + 2 * 7, "optimizer_bytes": 8}
     assert device_memory.of_state(state.replace(opt_state=())) == {"params_bytes": 74, "optimizer_bytes": 0}
 

@@ -621,13 +621,13 @@ def test_what_is_no_storage_is_refused(value: object) -> None:
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(small().model)])
 def test_model_fields_of_wrong_types_are_refused(field: str) -> None:
     for value in (None, [], {}, "", "text", True, -1, 0.5, [[1]], 7**500, float("nan"), float("inf"), "\ud800"):
-        if value != 0.5 or field not in ("angle_init", "router_noise"):
+        if value != 0.5 or field not in ("angle_init", "router_noise", "attention_dropout", "stochastic_depth"):
             raw = with_content(lambda content, value=value: content["config"]["model"].update({field: value}))
             is_refused(raw, f"its configuration cannot be used: ConfigError: model.{field}")
     is_refused(with_content(lambda content: content["config"]["model"].pop(field)), "missing configuration field")
 
 
-@pytest.mark.parametrize("section", ["config", "data", "model", "loss", "optimizer"])
+@pytest.mark.parametrize("section", ["config", "data", "augment", "model", "loss", "optimizer"])
 def test_sections_of_wrong_types_are_refused(section: str) -> None:
     for value in (None, 1, [], "text", True, {}, {"seed": {}}):
         raw = with_content(lambda content, value=value: content["config"].update({section: value}))
@@ -662,7 +662,7 @@ def test_absurd_sizes_are_refused_at_once(fields: dict[str, Any]) -> None:
 )
 def test_absurd_images_are_refused_at_once(family: str) -> None:
     def change(content: dict[str, Any]) -> None:
-        content["config"]["data"].update(name="procedural", image_size=4096)
+        content["config"]["data"].update(name="procedural", image_size=4096, stored_size=4096)
         fields = {"family": family, "image_size": 4096, "patch_size": 1, "num_experts": 4096, "top_k": 4096}
         content["config"]["model"].update(fields)
 

@@ -247,9 +247,13 @@ def test_a_held_lock_is_written_again_and_again(tmp_path, monkeypatch):
 
 
 def test_a_process_that_was_taken_over_from_leaves_the_lock_alone_and_stops(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(workdir, "REFRESH_SECONDS", 0.05)
+    monkeypatch.setattr(workdir, "REFRESH_SECONDS", 0.5)
     claim(tmp_path)
     with pytest.raises(KeyboardInterrupt), workdir.locked(tmp_path, 0):
+        # Between two refreshes: one that is under way would write over what is left here.
+        os.utime(lock_file(tmp_path), (0, 0))
+        wait_until(lambda: lock_file(tmp_path).stat().st_mtime > 1e9)
+        time.sleep(0.1)
         path = leave_lock(tmp_path, 20)
         left = path.read_bytes(), path.stat().st_mtime
         for _ in range(1000):
