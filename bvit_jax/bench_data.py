@@ -5,8 +5,8 @@ batch again, which is on the device already; the order changes from turn to turn
 differences.
 
 Every part that takes batches has a reader of its own, which goes on from window to window. Before a window, a part does
-its work until what its reader had ready (`_held`) is used up, so that no batch of the window comes for nothing; while
-other parts are timed, its reader gets as many ready again and stops.
+its work until what its reader had ready (`streams.held`) is used up, so that no batch of the window comes for nothing;
+while other parts are timed, its reader gets as many ready again and stops.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bvit_jax import cores, data, sharding, streams, train_step
+from bvit_jax import data, sharding, streams, train_step
 from bvit_jax.batches import Batch
 from bvit_jax.config import Config
 from bvit_jax.stepping import MOST_STEPS, Inputs, Stepper
@@ -166,7 +166,7 @@ class _Bench:
 
 def _window(work: Work) -> Callable[[], float]:
     """Warms up and returns a function that times a window; it returns the seconds of doing the work once."""
-    warm_up = _held() + 1
+    warm_up = streams.held(MOST_STEPS) + 1
     work(warm_up)
     times = 1
     while (seconds := _seconds(work, times)) < WINDOW_SECONDS:
@@ -177,12 +177,6 @@ def _window(work: Work) -> Callable[[], float]:
         return _seconds(work, times) / times
 
     return window
-
-
-def _held() -> int:
-    """Returns how many batches a reader that nobody waits for has ready or in the making, at most."""
-    processes = len(cores.available()) // streams.CORES_A_WORKER
-    return 2 * streams.BATCHES_AHEAD * processes if processes else streams.BATCHES_AHEAD
 
 
 def _seconds(work: Work, times: int) -> float:

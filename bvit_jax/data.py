@@ -4,7 +4,6 @@ Axes: B batch, n images, H and W pixels, c channels.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -52,13 +51,11 @@ class Dataset:
 
     Attributes:
         train, validation, test: the splits.
-        origin: the prepared set that they come from; None if the configuration says all.
     """
 
     train: AnySplit
     validation: AnySplit
     test: AnySplit
-    origin: prepared.PreparedSet | None = None
 
 
 def load(config: DataConfig) -> Dataset:
@@ -72,13 +69,15 @@ def load(config: DataConfig) -> Dataset:
         ConfigError: if the set is not there (`prepared.open_set`), or is not as the configuration says.
     """
     found = opened(config)
-    train, validation, test = (_split(config, name, found) for name in get_args(SplitName))
-    return Dataset(train, validation, test, found)
+    if found is None:
+        return Dataset(**_embedded(config))
+    return Dataset(**{name: _prepared(config, name, found) for name in get_args(SplitName)})
 
 
 def load_split(config: DataConfig, name: SplitName) -> AnySplit:
     """Loads one of the splits of `load` alone."""
-    return _split(config, name, opened(config))
+    found = opened(config)
+    return _embedded(config)[name] if found is None else _prepared(config, name, found)
 
 
 def opened(config: DataConfig) -> prepared.PreparedSet | None:
@@ -103,9 +102,7 @@ def opened(config: DataConfig) -> prepared.PreparedSet | None:
     return found
 
 
-def _split(config: DataConfig, name: SplitName, found: prepared.PreparedSet | None) -> AnySplit:
-    if found is None:
-        return _embedded(config)[name]
+def _prepared(config: DataConfig, name: SplitName, found: prepared.PreparedSet) -> AnySplit:
     held_out = config.num_validation
     if name == "test":
         stored, places = config.test_split, slice(config.num_test)
@@ -113,11 +110,10 @@ def _split(config: DataConfig, name: SplitName, found: prepared.PreparedSet | No
         stored = "train"
         places = slice(held_out) if name == "validation" else slice(held_out, held_out + config.num_train)
     indices = np.sort(_order(config, found.splits[stored])[places])
-    split = Streamed(found.source(stored), indices, config.stored_size, config.channels)
-    return split if config.reading == "stream" else Split(*split.read_all())
+    parts = found.source(stored), indices, config.stored_size, config.channels
+    return Streamed(*parts) if config.reading == "stream" else Split(*prepared.read_all(*parts))
 
 
-@functools.lru_cache(maxsize=1)
 def _embedded(config: DataConfig) -> dict[SplitName, Split]:
     images, labels = drawn.digits() if config.name == "digits" else drawn.gratings(config)
     sizes = (config.num_train, config.num_validation, config.num_test)

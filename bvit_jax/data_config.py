@@ -91,10 +91,10 @@ class AugmentConfig:
     """What is done to training images, in this order, on the device; 0 leaves a part out, with its other fields.
 
     Attributes:
-        crop: `shift` moves an image as `max_shift` says; `resized` cuts out a rectangle and resizes it.
-        max_shift: pixels each way at most, edges filled with zeros: pad and crop.
-        shift_probability: share of the images that move.
-        min_area: of the rectangle, as a share of the image, at least; 1 leaves images whole.
+        crop: `shift` moves an image, `resized` cuts out a rectangle and resizes it; each resets the other's fields.
+        max_shift: of `shift`, pixels each way at most, edges filled with zeros: pad and crop.
+        shift_probability: of `shift`, share of the images that move.
+        min_area: of `resized`, the least share of the image that the rectangle covers; 1 leaves images whole.
         flip_probability: share of the images that are mirrored.
         randaugment_ops: RandAugment's operations an image.
         randaugment_magnitude: their strength, 0 to 10.

@@ -1,7 +1,8 @@
-"""Which prepared images a run or a sweep is of: recorded beside it, and checked wherever it goes on or is scored."""
+"""Which prepared images a run or a sweep is of: recorded beside it, and checked when it goes on or is scored."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from bvit_jax import files
 from bvit_jax.model_config import ConfigError
@@ -10,17 +11,19 @@ from bvit_jax.prepared import PreparedSet
 FILE = "images.json"
 
 
-def claim(workdir: Path, name: str, found: PreparedSet) -> None:
+def claim(workdir: Path, name: str, found: PreparedSet | None) -> None:
     """Records the images of a run, or checks that they are the ones recorded.
 
     Args:
         workdir: of the run.
         name: of the images, as in the configuration.
-        found: the set that is there now.
+        found: the set that is there now; None if the images need none.
 
     Raises:
-        ConfigError: if they are others.
+        ConfigError: if they are others, or the record cannot be read.
     """
+    if found is None:
+        return
     check(workdir, name, found)
     described = {"digest": found.digest, "version": found.version, "classes": list(found.class_names)}
     recorded = _recorded(workdir) | {name: described}
@@ -28,14 +31,10 @@ def claim(workdir: Path, name: str, found: PreparedSet) -> None:
         files.write_json(workdir / FILE, recorded)
 
 
-def check(workdir: Path, name: str, found: PreparedSet) -> None:
-    """Checks that images are those of a run, if it has recorded any.
-
-    Raises:
-        ConfigError: if they are others.
-    """
-    before = _recorded(workdir).get(name)
-    if isinstance(before, dict) and before.get("digest") != found.digest:
+def check(workdir: Path, name: str, found: PreparedSet | None) -> None:
+    """Checks that images are those of a run, if it has recorded any; arguments and errors as of `claim`."""
+    before = {} if found is None else _recorded(workdir).get(name)
+    if found is not None and before is not None and before.get("digest") != found.digest:
         digests = f"digest {before.get('digest')}, not {found.digest} as in {found.directory}"
         raise ConfigError(
             f"workdir = {str(workdir)!r}: it is of other images of {name}, {digests}; give the data_dir that it began "
@@ -43,10 +42,16 @@ def check(workdir: Path, name: str, found: PreparedSet) -> None:
         )
 
 
-def _recorded(workdir: Path) -> dict[str, object]:
-    """Returns what is recorded; what is damaged is none, and is recorded again."""
+def _recorded(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Returns what is recorded: by name, each with its digest."""
+    path = workdir / FILE
     try:
-        recorded = json.loads((workdir / FILE).read_text())
-    except (OSError, ValueError):
+        recorded = json.loads(path.read_text())
+        if not (isinstance(recorded, dict) and all(isinstance(held, dict) for held in recorded.values())):
+            raise ValueError("not as it was written")
+    except FileNotFoundError:
         return {}
-    return recorded if isinstance(recorded, dict) else {}
+    except (OSError, ValueError) as error:
+        remedy = "restore it, or remove it if the images are the same"
+        raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from None
+    return recorded

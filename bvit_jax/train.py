@@ -91,6 +91,9 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
         processes.check_everywhere(_sees(workdir, config), "workdir", str(workdir), "a directory that all hosts share")
         if result is not None:
             return result
+        images = processes.in_all(lambda: data.opened(config.data))
+        processes.check_same(f"digest of {config.data.name}", images.digest if images else "")
+        processes.on_first(lambda: run_images.claim(workdir, config.data.name, images))
         return _Run(config, workdir, placement, notice, Journal(workdir, show_progress)).to_the_end()
 
 
@@ -153,15 +156,8 @@ class _Run:
         self.notice = notice
         self.journal = journal
         self.stepper = Stepper(config, placement)
-        processes.on_first(self._claim_images)
         self.clock = timing.Clock(config.batch_size)
         self.skipped = 0
-
-    def _claim_images(self) -> None:
-        """Records which prepared images the run is of, or checks that they are the same as before."""
-        origin = self.stepper.dataset.origin
-        if origin is not None:
-            run_images.claim(self.workdir, self.config.data.name, origin)
 
     def to_the_end(self) -> dict[str, Any]:
         state, known = self._start()

@@ -1,19 +1,19 @@
 """What runs in the process of one trial of a sweep."""
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
 import threading
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
+from absl import flags
 
-from bvit_jax import config, cores, failures, preemption, train
+from bvit_jax import config, cores, failures, orphans, preemption, train
 
 OUTPUT_FILE = "output.txt"
 """What a trial prints, in its directory."""
@@ -36,6 +36,7 @@ def run(
         sweep_pipe: to the process of the sweep; the trial ends when that does.
     """
     signal.signal(signal.SIGTERM, _exit_as_preempted)
+    orphans.end_with_parent()
     threading.Thread(target=_obey_sweep, args=(sweep_pipe,), daemon=True).start()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -45,6 +46,7 @@ def run(
         cores.keep_to(share)  # before JAX counts its threads
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
             jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
+        flags.FLAGS.mark_as_parsed()  # those of the sweep are not this process's, and readers of images look at theirs
         train.run(config.from_dict(stored), directory, show_progress=False)
     except (preemption.Preempted, KeyboardInterrupt):
         sys.exit(preemption.EXIT_STATUS)
@@ -60,16 +62,10 @@ def _exit_as_preempted(number: int, frame: FrameType | None) -> None:
 
 
 def _obey_sweep(pipe: Connection) -> None:
-    """Stops this process when the sweep says so, and ends it when the sweep is gone: no trial may outlive its sweep."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    if pipe in wait([parent.sentinel, pipe]):
-        with contextlib.suppress(OSError, EOFError):
-            pipe.recv_bytes()
-            main = threading.main_thread().ident
-            # It may have had SIGTERM itself, and a second one does not wait until the run is saved.
-            if main is not None and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-                signal.pthread_kill(main, signal.SIGTERM)
-        wait([parent.sentinel])
-    os._exit(1)
+    """Stops this process when the sweep says so."""
+    with contextlib.suppress(OSError, EOFError):
+        pipe.recv_bytes()
+        main = threading.main_thread().ident
+        # It may have had SIGTERM itself, and a second one does not wait until the run is saved.
+        if main is not None and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            signal.pthread_kill(main, signal.SIGTERM)

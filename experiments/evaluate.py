@@ -106,9 +106,7 @@ def _runs(runs: Sequence[str], bits: Sequence[packing.AngleBits], repack: bool) 
         config, _, params = trained.best_params(Path(name))
         rotates = config.model.family == "butterfly" or not (bits or _WITHOUT_ROTATIONS.value)
         require(rotates, "workdir", name, "the run of a butterfly, for only these have angles")
-        origin = data.opened(config.data)
-        if origin is not None:
-            run_images.check(Path(name), config.data.name, origin)
+        run_images.check(Path(name), config.data.name, data.opened(config.data))
         split = _split(config.data)
         if _WITHOUT_ROTATIONS.value:
             still = _trained(name, config, evaluate.without_rotations(params), split)

@@ -80,8 +80,7 @@ def main(argv: Sequence[str]) -> None:
         if dead is not None:
             print(f"taking over from {dead}, which ended without letting go")
         for name, found in images.items():
-            if found is not None:
-                run_images.claim(workdir, name, found)
+            run_images.claim(workdir, name, found)
         _run(trials, memory_base, workdir, _JOBS.value or platform.default_jobs, notice)
 
 

@@ -41,8 +41,17 @@ def test_a_sweep_may_be_of_several_sets(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"birds": 3}'])
-def test_a_damaged_record_is_made_again(tmp_path, content):
-    (tmp_path / run_images.FILE).write_text(content)
-    run_images.claim(tmp_path, "birds", FOUND)
-    with pytest.raises(ConfigError):
-        run_images.check(tmp_path, "birds", OTHER)
+def test_a_record_that_cannot_be_read_is_left_alone_and_told_of(tmp_path, content):
+    path = tmp_path / run_images.FILE
+    path.write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"images\.json cannot be read .*; restore it, or remove it if the images are"
+    ):
+        run_images.claim(tmp_path, "birds", FOUND)
+    assert path.read_text() == content
+
+
+def test_images_that_need_no_file_leave_no_record(tmp_path):
+    run_images.claim(tmp_path, "digits", None)
+    run_images.check(tmp_path, "digits", None)
+    assert not (tmp_path / run_images.FILE).exists()

@@ -5,12 +5,15 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from absl import flags
+from conftest import call, environment
 
 from bvit_jax import batches, cores, data, data_dirs, prepared, streams
 from bvit_jax.data_config import DataConfig
@@ -65,8 +68,7 @@ def test_the_splits_are_as_asked_and_have_no_image_in_common(both):
     assert len(set(images)) == 48
     assert held.train.images.shape == (30, 24, 24, 3)
     assert held.train.images.dtype == np.uint8
-    assert held.origin == both[1].origin is not None
-    assert len(held.origin.class_names) == 4
+    assert len(data.opened(JPEGS).class_names) == 4
 
 
 def test_what_is_streamed_is_what_memory_holds(both):
@@ -111,6 +113,42 @@ def test_processes_that_read_give_the_same_batches_and_may_be_killed(both, monke
             if number == killed_after:
                 for worker in workers:
                     os.kill(worker.pid, signal.SIGTERM)
+    finally:
+        flags.FLAGS.unparse_flags()
+
+
+def read_and_tell(data_dir: str) -> None:
+    """Reads with processes of its own, says which, and waits to be killed."""
+    os.environ[data_dirs.VARIABLE] = data_dir
+    streams.CORES_A_WORKER = max(len(cores.available()) // 2, 1)
+    streams.BATCHES_A_WORKER = 1
+    flags.FLAGS.mark_as_parsed()
+    found = data.train_batches(data.load(JPEGS).train, 8, 5, range(100), np.arange(8))
+    next(found)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(600)
+
+
+def test_processes_that_read_end_with_the_one_that_is_killed(data_dir):
+    command = call(read_and_tell, str(data_dir))
+    with subprocess.Popen(command, env=environment(1), stdout=subprocess.PIPE, text=True) as reader:
+        children = [int(word) for word in reader.stdout.readline().split()]
+        reader.kill()
+    assert children
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_few_batches_or_cores_are_read_without_processes(monkeypatch):
+    monkeypatch.setattr(cores, "available", lambda: list(range(2 * streams.CORES_A_WORKER)))
+    assert streams.workers(10**6) == 0  # nobody has parsed flags here
+    assert streams.held(10**6) == streams.BATCHES_AHEAD
+    flags.FLAGS.mark_as_parsed()
+    try:
+        assert [streams.workers(count) for count in (1, 8, 16, 10**6)] == [0, 1, 2, 2]
+        assert streams.held(10**6) == 2 * 2 * streams.BATCHES_AHEAD
     finally:
         flags.FLAGS.unparse_flags()
 

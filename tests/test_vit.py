@@ -383,6 +383,26 @@ def test_attention_dropout_is_drawn_for_each_image_and_in_training_alone() -> No
     np.testing.assert_array_equal(apply(config, params, images)[0], apply(still, params, images)[0])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"family": "dense"},
+        {"family": "standard", "num_experts": 7, "top_k": 3},
+        {"family": "ternary", "num_experts": 7, "moe_layers": "second"},
+        *({"form": form, "num_experts": 7, "top_k": 3} for form in ("separate", "tied", "reference")),
+        {"num_experts": 1, "top_k": 1},
+    ],
+)
+def test_described_parameters_are_those_that_are_drawn(changes: dict[str, Any]) -> None:
+    # Described from a model of as many experts as are selected.
+    config = small(**changes).canonical()
+    for model in (config, config.deployed()):
+        drawn = jax.eval_shape(lambda model=model: vit.init_params(model, jax.random.key(0)))
+        described = vit.param_shapes(model)
+        chex.assert_trees_all_equal_shapes_and_dtypes(described, drawn)
+        assert jax.tree.structure(vit.param_axes(model)) == jax.tree.structure(drawn)
+
+
 def test_bytes_are_pixels_of_255_levels() -> None:
     config = small()
     params = random_params(config)
