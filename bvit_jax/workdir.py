@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -27,6 +28,8 @@ SETTLE_SECONDS = 1.0
 """After two machines took over the same dead lock, each knows by then which of them wrote last."""
 _POLL_SECONDS = 0.2
 _LOCK_BYTES = 4096
+_INTERRUPTED = 130
+"""Exit status, as after Ctrl-C."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -215,8 +218,16 @@ def _keep_fresh(path: Path, lock: BinaryIO, own: _Holder, done: threading.Event)
                 _write(lock, own)
             elif holder is not None:  # another machine took over from this one, which was suspended
                 sys.stderr.write(f"error: {path.parent}: {holder} took it over, as this process was silent too long\n")
-                _thread.interrupt_main()
+                _stop_this_process()
                 return
+
+
+def _stop_this_process() -> None:
+    """Stops a process that may write nothing more, from another thread."""
+    if callable(signal.getsignal(signal.SIGINT)):
+        _thread.interrupt_main()
+    else:  # of a process in a shell's background SIGINT is ignored, and an interruption too
+        os._exit(_INTERRUPTED)
 
 
 def _write(lock: BinaryIO, holder: _Holder) -> None:

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import call, environment
 
 from bvit_jax import workdir
 from bvit_jax.model_config import ConfigError
@@ -246,20 +248,34 @@ def test_a_held_lock_is_written_again_and_again(tmp_path, monkeypatch):
     assert path.stat().st_mtime == 0
 
 
-def test_a_process_that_was_taken_over_from_leaves_the_lock_alone_and_stops(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(workdir, "REFRESH_SECONDS", 0.5)
-    claim(tmp_path)
-    with pytest.raises(KeyboardInterrupt), workdir.locked(tmp_path, 0):
+def is_taken_over_from(folder: str, handler: int) -> None:
+    """Holds a lock that another machine writes, and would go on for ten seconds."""
+    signal.signal(signal.SIGINT, signal.default_int_handler if handler == FOREGROUND else signal.SIG_IGN)
+    workdir.REFRESH_SECONDS = 0.5
+    claim(Path(folder))
+    with workdir.locked(Path(folder), 0):
         # Between two refreshes: one that is under way would write over what is left here.
-        os.utime(lock_file(tmp_path), (0, 0))
-        wait_until(lambda: lock_file(tmp_path).stat().st_mtime > 1e9)
+        os.utime(lock_file(Path(folder)), (0, 0))
+        wait_until(lambda: lock_file(Path(folder)).stat().st_mtime > 1e9)
         time.sleep(0.1)
-        path = leave_lock(tmp_path, 20)
-        left = path.read_bytes(), path.stat().st_mtime
+        leave_lock(Path(folder), 20)
         for _ in range(1000):
             time.sleep(0.01)
-    assert (path.read_bytes(), path.stat().st_mtime) == left
-    assert "took it over, as this process was silent too long" in capsys.readouterr().err
+
+
+FOREGROUND, BACKGROUND = 0, 1
+
+
+@pytest.mark.parametrize(("handler", "status"), [(FOREGROUND, -signal.SIGINT), (BACKGROUND, 130)])
+def test_a_process_that_was_taken_over_from_leaves_the_lock_alone_and_stops(tmp_path, handler, status):
+    # Shells have what they start in the background ignore SIGINT.
+    command = call(is_taken_over_from, str(tmp_path), handler)
+    ended = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == status
+    assert "took it over, as this process was silent too long" in ended.stderr
+    assert (
+        json.loads(lock_file(tmp_path).read_text())["host"] == json.loads(leave_lock(tmp_path, 20).read_text())["host"]
+    )
 
 
 @pytest.fixture
