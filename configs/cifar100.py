@@ -12,8 +12,10 @@ interpolation is linear, what comes in at edges grey; warm-up begins at 0; the n
 Prepare:   python -m experiments.prepare_data --dataset=cifar100 --data_dir=DIR
 Command:   python -m experiments.train --config=configs/cifar100.py:butterfly,64 --workdir=runs/cifar100 --data_dir=DIR
            families: dense, standard,64, ternary,64, butterfly,64[,separate|tied]; all in configs/sweep_cifar100.py
-Hardware:  not yet run; compiled for v5e:2x2 (experiments.compile_tpu), training with 64 experts takes of each chip's
-           16.9 GB at most 0.55 (butterfly separate), 2.32 (standard), 2.79 (ternary), 0.64 (dense)
+Hardware:  not yet run; compiled for v5e:2x2, training with 64 experts takes of each chip's 16.9 GB at most 0.55
+           (butterfly separate), 2.32 (standard), 2.79 (ternary), 0.64 (dense), by
+           python -m experiments.compile_tpu --config=configs/cifar100.py:butterfly,64 --topology=v5e:2x2 --experts=64
+           --families=butterfly,standard,ternary,dense --out=runs/tpu
 Time:      not yet run
 Result:    not yet run
 """

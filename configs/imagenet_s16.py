@@ -12,8 +12,10 @@ Prepare:   where TensorFlow is installed, with ILSVRC2012_img_train.tar and ILSV
            python -m experiments.prepare_data --dataset=imagenet2012 --data_dir=DIR, which checks it
 Command:   python -m experiments.train --config=configs/imagenet_s16.py:butterfly,64 --workdir=runs/imagenet
            --data_dir=DIR, on every host of a slice
-Hardware:  not yet run; compiled for v5e:4x4 (experiments.compile_tpu), training takes of each chip's 16.9 GB at most
-           5.0 (butterfly separate, 64 experts), 6.5 (dense)
+Hardware:  not yet run; compiled for v5e:4x4, training takes of each chip's 16.9 GB at most 5.0 (butterfly separate, 64
+           experts), 6.5 (dense), by
+           python -m experiments.compile_tpu --config=configs/imagenet_s16.py:butterfly,64 --topology=v5e:4x4
+           --experts=64 --families=butterfly,dense --out=runs/tpu
 Time:      not yet run
 Result:    not yet run
 """
