@@ -345,7 +345,7 @@ def test_tensorflow_is_neither_needed_nor_imported(tmp_path):
     assert (ran.stdout, ran.stderr) == ("", "")
 
 
-def test_the_helper_draws_sets_of_any_size(tmp_path, monkeypatch):
+def test_drawn_sets_may_be_of_any_size(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepare_drawn(tmp_path, "cifar10", train=30, test=10)))
     assert prepared.open_set("cifar10").splits == {"train": 30, "test": 10}
     assert TinyJpegs.counts == {"train": 40, "validation": 20}
