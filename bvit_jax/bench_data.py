@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bvit_jax import data, sharding, streams, train_step
-from bvit_jax.batches import Batch
+from bvit_jax import sharding, streams, train_step
 from bvit_jax.config import Config
 from bvit_jax.stepping import MOST_STEPS, Inputs, Stepper
 
@@ -105,24 +104,22 @@ class _Bench:
     """
 
     def __init__(self, config: Config) -> None:
-        self._config = config
-        self._placement = sharding.place(config.model, config.batch_size)
+        placement = sharding.place(config.model, config.batch_size)
         start = time.perf_counter()
-        self._stepper = Stepper(config, self._placement)
+        self._stepper = Stepper(config, placement)
         self.open_seconds = time.perf_counter() - start
-        self._rows = self._placement.host_rows(config.batch_size)
         self._state = self._stepper.first_state()
-        self._key = jax.device_put(jax.random.key(config.seed), self._placement.replicated)
+        self._key = jax.device_put(jax.random.key(config.seed), placement.replicated)
         self._as_seen = jax.jit(
             lambda key, step, *inputs: train_step.as_seen(
-                config, self._placement, train_step.step_keys(key, step)[0], *inputs
+                config, placement, train_step.step_keys(key, step)[0], *inputs
             )
         )
 
     def parts(self) -> dict[str, Work]:
         """Returns what is timed, by name; results are let go of, as a window may make more than fit."""
         fixed = next(self._moved(range(1)))
-        made, moved, fresh = self._batches(), self._moved(), self._moved()
+        made, moved, fresh = self._stepper.reader(range(MOST_STEPS)), self._moved(), self._moved()
 
         def host(times: int) -> None:
             for _ in range(times):
@@ -153,15 +150,9 @@ class _Bench:
             "fixed": lambda times: train(itertools.repeat(fixed), times),
         }
 
-    def _batches(self, steps: range = range(MOST_STEPS)) -> Iterator[Batch]:
-        """Returns a new reader of this process's part of the batches of a run."""
-        config = self._config
-        return data.train_batches(self._stepper.dataset.train, config.batch_size, config.seed, steps, self._rows)
-
     def _moved(self, steps: range = range(MOST_STEPS)) -> Iterator[Inputs]:
-        """Yields the batches of a new reader on the devices."""
-        for batch in self._batches(steps):
-            yield self._placement.put_batch((batch.images, batch.labels), self._rows, self._config.batch_size)
+        """Returns the batches of a new reader, each moved to the devices when it is asked for."""
+        return map(self._stepper.moved, self._stepper.reader(steps))
 
 
 def _window(work: Work) -> Callable[[], float]:

@@ -58,25 +58,29 @@ class Dataset:
     test: AnySplit
 
 
-def load(config: DataConfig) -> Dataset:
+def load(config: DataConfig, found: prepared.PreparedSet | None = None) -> Dataset:
     """Loads, opens or draws the images that `config` names.
 
     The same configuration gives the same images and splits, whatever the seed of the run: all are tested alike. Every
     process holds, or can reach, all of them, as the order of training goes over the whole split; of a batch it makes
     its own rows alone.
 
+    Args:
+        config: which images.
+        found: as `opened` gives it, if that is done already.
+
     Raises:
         ConfigError: if the set is not there (`prepared.open_set`), or is not as the configuration says.
     """
-    found = opened(config)
+    found = found or opened(config)
     if found is None:
         return Dataset(**_embedded(config))
     return Dataset(**{name: _prepared(config, name, found) for name in get_args(SplitName)})
 
 
-def load_split(config: DataConfig, name: SplitName) -> AnySplit:
-    """Loads one of the splits of `load` alone."""
-    found = opened(config)
+def load_split(config: DataConfig, name: SplitName, found: prepared.PreparedSet | None = None) -> AnySplit:
+    """Loads one of the splits of `load` alone; arguments and errors as there."""
+    found = found or opened(config)
     return _embedded(config)[name] if found is None else _prepared(config, name, found)
 
 

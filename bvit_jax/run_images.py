@@ -24,17 +24,22 @@ def claim(workdir: Path, name: str, found: PreparedSet | None) -> None:
     """
     if found is None:
         return
-    check(workdir, name, found)
+    recorded = _recorded(workdir)
+    _compare(workdir, name, found, recorded)
     described = {"digest": found.digest, "version": found.version, "classes": list(found.class_names)}
-    recorded = _recorded(workdir) | {name: described}
-    if recorded != _recorded(workdir):
-        files.write_json(workdir / FILE, recorded)
+    if recorded.get(name) != described:
+        files.write_json(workdir / FILE, recorded | {name: described})
 
 
 def check(workdir: Path, name: str, found: PreparedSet | None) -> None:
     """Checks that images are those of a run, if it has recorded any; arguments and errors as of `claim`."""
-    before = {} if found is None else _recorded(workdir).get(name)
-    if found is not None and before is not None and before.get("digest") != found.digest:
+    if found is not None:
+        _compare(workdir, name, found, _recorded(workdir))
+
+
+def _compare(workdir: Path, name: str, found: PreparedSet, recorded: dict[str, dict[str, Any]]) -> None:
+    before = recorded.get(name)
+    if before is not None and before.get("digest") != found.digest:
         digests = f"digest {before.get('digest')}, not {found.digest} as in {found.directory}"
         raise ConfigError(
             f"workdir = {str(workdir)!r}: it is of other images of {name}, {digests}; give the data_dir that it began "

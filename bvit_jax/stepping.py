@@ -7,6 +7,7 @@ import numpy as np
 
 from bvit_jax import batches, data, processes, train_step
 from bvit_jax.config import Config
+from bvit_jax.prepared import PreparedSet
 from bvit_jax.sharding import Placement
 from bvit_jax.train_step import Metrics, TrainState
 
@@ -22,7 +23,14 @@ class Stepper:
         dataset: the three splits.
     """
 
-    def __init__(self, config: Config, placement: Placement) -> None:
+    def __init__(self, config: Config, placement: Placement, images: PreparedSet | None = None) -> None:
+        """Loads the images and describes the step, which is compiled when it is first taken.
+
+        Args:
+            config: of the run.
+            placement: of its arrays.
+            images: as `data.opened` gives them, if that is done already.
+        """
         self._config = config
         self._placement = placement
         self._shardings = train_step.state_shardings(config, placement)
@@ -33,7 +41,7 @@ class Stepper:
         self._waits = placement.mesh.size > 1 and jax.default_backend() == "cpu"
         self._batches: Iterator[batches.Batch] = iter(())
         self._next: int | None = None
-        self.dataset = processes.in_all(lambda: data.load(config.data))
+        self.dataset = processes.in_all(lambda: data.load(config.data, images))
 
     def first_state(self) -> TrainState:
         """Makes the state before the first step, every array where it belongs."""
@@ -50,7 +58,10 @@ class Stepper:
 
     def inputs(self, step: int) -> Inputs:
         """Returns images and labels of the step after `step` are done, on the devices."""
-        batch = self.batch(step)
+        return self.moved(self.batch(step))
+
+    def moved(self, batch: batches.Batch) -> Inputs:
+        """Moves this process's part of a batch to the devices."""
         arrays = (batch.images, batch.labels)
         inputs: Inputs = self._placement.put_batch(arrays, self._rows, self._config.batch_size)
         return inputs
@@ -65,11 +76,14 @@ class Stepper:
     def batch(self, step: int) -> batches.Batch:
         """Returns this process's part of a batch; steps in succession are read ahead."""
         if step != self._next:
-            config = self._config
-            steps = range(step, MOST_STEPS)
-            self._batches = data.train_batches(self.dataset.train, config.batch_size, config.seed, steps, self._rows)
+            self._batches = self.reader(range(step, MOST_STEPS))
         self._next = step + 1
         return next(self._batches)
+
+    def reader(self, steps: range) -> Iterator[batches.Batch]:
+        """Returns a new reader of this process's part of the batches of these steps."""
+        config = self._config
+        return data.train_batches(self.dataset.train, config.batch_size, config.seed, steps, self._rows)
 
     def whole_batch(self, step: int) -> tuple[batches.Batch, np.ndarray]:
         """Returns the batch of all processes of the step after `step` are done, and its indices in the split."""

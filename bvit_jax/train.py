@@ -46,6 +46,7 @@ from bvit_jax.checkpoints import Checkpoints
 from bvit_jax.config import Config
 from bvit_jax.journal import FILE as INCIDENTS_FILE
 from bvit_jax.journal import Journal
+from bvit_jax.prepared import PreparedSet
 from bvit_jax.sharding import Layout, Placement
 from bvit_jax.stepping import Stepper
 from bvit_jax.train_step import TrainState
@@ -75,8 +76,9 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
         wall_seconds, and the peak of bytes on a device where the backend tells it.
 
     Raises:
-        ConfigError: if the directory cannot be written to, holds something else or is in use by another process, or if
-            the model or its batch does not divide over the mesh; in all processes.
+        ConfigError: if the directory cannot be written to, holds something else or is in use by another process, if
+            the model or its batch does not divide over the mesh, or if the images are not there or not those that the
+            run began with; in all processes.
         preemption.Preempted: after SIGTERM, when the state is saved; the same call goes on.
         sentinels.NonFiniteError: if more steps than the configuration allows had a loss or gradient that is not finite,
             at the next step that is logged, evaluated or saved.
@@ -94,7 +96,7 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
         images = processes.in_all(lambda: data.opened(config.data))
         processes.check_same(f"digest of {config.data.name}", images.digest if images else "")
         processes.on_first(lambda: run_images.claim(workdir, config.data.name, images))
-        return _Run(config, workdir, placement, notice, Journal(workdir, show_progress)).to_the_end()
+        return _Run(config, workdir, placement, notice, Journal(workdir, show_progress), images).to_the_end()
 
 
 def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str, Any] | None:
@@ -147,7 +149,13 @@ class _Run:
     """One process's part of a run. The order at each step: batch, step, log, evaluate, checkpoint, stop if told to."""
 
     def __init__(
-        self, config: Config, workdir: Path, placement: Placement, notice: preemption.Notice, journal: Journal
+        self,
+        config: Config,
+        workdir: Path,
+        placement: Placement,
+        notice: preemption.Notice,
+        journal: Journal,
+        images: PreparedSet | None,
     ) -> None:
         self.config = config
         self.workdir = workdir
@@ -155,7 +163,7 @@ class _Run:
         self.placement = placement
         self.notice = notice
         self.journal = journal
-        self.stepper = Stepper(config, placement)
+        self.stepper = Stepper(config, placement, images)
         self.clock = timing.Clock(config.batch_size)
         self.skipped = 0
 

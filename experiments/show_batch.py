@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     require(not path.is_dir(), "out", str(path), "a file")
     entry.make_directory("out", str(path.parent))
     streamed = dataclasses.replace(resolved.data, reading="stream")  # a batch is less than all
-    origin, split = data.opened(streamed), data.load_split(streamed, "train")
+    origin = data.opened(streamed)
+    split = data.load_split(streamed, "train", origin)
     rows = np.arange(resolved.batch_size)
     batch = data.train_batch(split, resolved.batch_size, resolved.seed, _STEP.value, rows)
     seen, captions = _as_seen(resolved, batch, origin.class_names if origin else ())
