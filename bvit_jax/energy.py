@@ -48,7 +48,7 @@ References:
 import dataclasses
 from collections.abc import Sequence
 
-from bvit_jax import butterfly, memory, scaling
+from bvit_jax import butterfly, memory, rotated, scaling
 from bvit_jax.config import Config
 from bvit_jax.model_config import ModelConfig, require
 from bvit_jax.storage import Encoding, Storage, StoredParam, expert_precision, layout
@@ -185,11 +185,11 @@ def _per_row(model: ModelConfig, storage: Storage) -> _Work:
     encoding = expert_precision(model, storage)
     if model.family != "butterfly":
         return _product(d_model, d_ff, encoding, d_ff) + _product(d_ff, d_model, encoding, d_model)
-    one_way = _product(d_model, d_ff, encoding, d_ff) + _turns(model, d_model) + _turns(model, d_ff)
+    one_way = _product(d_model, d_ff, encoding, d_ff) + _turns(model, "D") + _turns(model, "F")
     if model.form == "reference":
         return one_way
     back = _product(d_ff, d_model, encoding, d_ff if model.form == "tied" else d_model)
-    return one_way + back + _turns(model, d_model) + _turns(model, d_ff)
+    return one_way + back + _turns(model, "D") + _turns(model, "F")
 
 
 def _per_token(model: ModelConfig, storage: Storage) -> _Work:
@@ -210,10 +210,9 @@ def _product(inputs: int, outputs: int, encoding: Encoding, scales: int) -> _Wor
     return _Work(inputs + outputs, inputs * outputs * per_weight + scaled * FLOAT_MULTIPLY)
 
 
-def _turns(model: ModelConfig, dim: int) -> _Work:
-    """Returns the work of rotating one row."""
-    depth = min(model.num_stages, butterfly.max_stages(dim))
-    angles = butterfly.num_angles(butterfly.make_stages(dim, depth, model.stride_order))
+def _turns(model: ModelConfig, side: str) -> _Work:
+    """Returns the work of rotating one row of a side, D or F."""
+    angles = butterfly.num_angles(rotated.stages_of(model, side))
     return _Work(0, _TURN, _NUMBERS_A_TURN) * angles
 
 

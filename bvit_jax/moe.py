@@ -7,6 +7,7 @@ float32; activations and matrix products have `config.compute_dtype`.
 Axes: B batch, T tokens, D d_model, F d_ff, E experts, K experts selected per token, A angles of one rotation.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -185,9 +186,13 @@ class ButterflyMoe(nn.Module):
         c = self.config
         x_BxTxD = sharding.constrain(x_BxTxD, "rotated_batch", "tokens", "embed")
         routed, report = Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
-        params = {name: self._parameter(name, sides) for name, sides in _ROTATED[c.form].items()}
+        params = {name: self._parameter(name, sides) for name, sides in rotated_params(c).items()}
         x_BxTxD, expert_BxTxK = x_BxTxD.astype(c.compute_dtype), routed.experts_BxTxK
-        y_BxTxKxF = _in_each_shard(functools.partial(rotated.apply, c), params, x_BxTxD, expert_BxTxK)
+        y_BxTxKxF = _in_each_shard(functools.partial(_rotated_experts, c), params, x_BxTxD, expert_BxTxK)
+        if c.output_gain == "expert":
+            gain_E = self.param("output_gain", sharding.named(nn.initializers.ones, "rotations"), (c.num_experts,))
+            gates_BxTxK = routed.gates_BxTxK * gain_E[expert_BxTxK]
+            routed = dataclasses.replace(routed, gates_BxTxK=gates_BxTxK)
         y_BxTxF = _combine(y_BxTxKxF, routed)
         if c.form == "reference":
             y_BxTxF = _dense(c.d_model, c.compute_dtype, "outputs", "embed", "projection")(y_BxTxF)
@@ -199,10 +204,14 @@ class ButterflyMoe(nn.Module):
         shape = tuple({"D": c.d_model, "F": c.d_ff}[side] for side in sides)
         if name.endswith("angles"):
             init = sharding.named(_uniform(c.angle_init), "rotations", "angles")
-            shape = (c.num_experts, butterfly.num_angles(rotated.stages_of(c, *shape)))
-            return packing.quantise_angles(self.param(name, init, shape), c.angle_bits)
+            shape = (c.num_experts, butterfly.num_angles(rotated.stages_of(c, sides)) // c.angle_group)
+            angles_ExG = packing.quantise_angles(self.param(name, init, shape), c.angle_bits)
+            return jnp.repeat(angles_ExG, c.angle_group, axis=-1) if c.angle_group > 1 else angles_ExG
         if name.endswith("bias"):
             return self.param(name, sharding.named(_zeros, "outputs"), shape).astype(c.compute_dtype)
+        if c.num_prototypes > 1:
+            init = sharding.named(_expert_init, "prototypes", "inputs", "outputs")
+            return _rounded(c, self.param(name, init, (c.num_prototypes, *shape))).astype(c.compute_dtype)
         weights_IxO = self.param(name, sharding.named(_kernel_init, "inputs", "outputs"), shape)
         return _rounded(c, weights_IxO).astype(c.compute_dtype)
 
@@ -223,6 +232,29 @@ _ROTATED: dict[str, dict[str, str]] = {
 }
 """Parameters of each form, and which sides they have, D of d_model channels and F of d_ff: of a rotation the side that
 it turns, of a prototype inputs and outputs."""
+
+
+def rotated_params(config: ModelConfig) -> dict[str, str]:
+    """Returns the parameters of a form and their sides as `_ROTATED`, without angles of sides that are not turned."""
+    sides = _ROTATED[config.form]
+    turned = {name: rotated.stages_of(config, at) for name, at in sides.items() if name.endswith("angles")}
+    return {name: at for name, at in sides.items() if turned.get(name, True)}
+
+
+def _rotated_experts(
+    config: ModelConfig, params: dict[str, jax.Array], x_BxTxD: jax.Array, expert_BxTxK: jax.Array
+) -> jax.Array:
+    """Applies rotated experts, each by its prototypes; all rows go by all prototypes."""
+    if config.num_prototypes == 1:
+        return rotated.apply(config, params, x_BxTxD, expert_BxTxK)
+    total = None
+    for number in range(config.num_prototypes):
+        own = {name: leaf[number] if name.endswith("prototype") else leaf for name, leaf in params.items()}
+        y_BxTxKxF = rotated.apply(config, own, x_BxTxD, expert_BxTxK)
+        mine = (expert_BxTxK % config.num_prototypes == number)[..., None]
+        total = jnp.where(mine, y_BxTxKxF, 0 if total is None else total)
+    assert total is not None
+    return total
 
 
 def _in_each_shard(

@@ -93,8 +93,11 @@ def apply(config: ModelConfig, params: Params, x_BxTxD: jax.Array, expert_BxTxK:
     return y_TxKxF.reshape(*expert_BxTxK.shape, width)
 
 
-def stages_of(config: ModelConfig, dim: int) -> butterfly.Stages:
-    """Returns the stages of the rotations of `dim` channels."""
+def stages_of(config: ModelConfig, side: str) -> butterfly.Stages:
+    """Returns the stages of the rotations of a side, D of d_model channels or F of d_ff; none if it is not turned."""
+    if side == "F" and config.rotations == "outer":
+        return ()
+    dim = {"D": config.d_model, "F": config.d_ff}[side]
     return butterfly.make_stages(dim, min(config.num_stages, butterfly.max_stages(dim)), config.stride_order)
 
 
@@ -141,6 +144,8 @@ def _by_rows(config: ModelConfig, params: Params, x_TxD: jax.Array, expert_TxK: 
     x_NxD, expert_N = jnp.repeat(x_TxD, config.top_k, axis=0), expert_TxK.reshape(-1)
 
     def turn(side: Side, x_NxD: jax.Array) -> jax.Array:
+        if not side.stages:
+            return x_NxD
         angles = params[f"{side.name}_angles"]
         return butterfly.rotate(x_NxD, angles, side.stages, inverse=side.inverse, expert=expert_N)
 
@@ -161,9 +166,9 @@ def _by_blocks(
     )
     of_layers = [
         blocks.Layer(
-            params[f"{layer.before.name}_angles"],
+            _angles(config, params, layer.before),
             layer.weights_DxO,
-            params[f"{layer.after.name}_angles"],
+            _angles(config, params, layer.after),
             layer.bias_O,
         )
         for layer in layers
@@ -185,14 +190,19 @@ def _cut(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> Cut:
 
 def _fused(config: ModelConfig, cut: Cut, params: Params, x_TxD: jax.Array, expert_TxK: jax.Array) -> jax.Array:
     up, down = _layers(config, params)
-    angles = {side.name: params[f"{side.name}_angles"] for side in (up.before, up.after, down.before, down.after)}
+    angles = {side.name: _angles(config, params, side) for side in (up.before, up.after, down.before, down.after)}
     weights = Weights(up.weights_DxO, up.bias_O, down.weights_DxO)
     return fused.apply(cut, x_TxD, expert_TxK, angles, weights, down.bias_O)
 
 
+def _angles(config: ModelConfig, params: Params, side: Side) -> jax.Array:
+    """Returns the angles of a rotation, (E, A); (E, 0) of one without stages, which has no parameter."""
+    return params[f"{side.name}_angles"] if side.stages else jnp.zeros((config.num_experts, 0))
+
+
 def _sides(config: ModelConfig) -> list[tuple[Side, Side]]:
     """Lists the rotations before and after each product; those before it turn back, but in `reference`."""
-    narrow, wide = stages_of(config, config.d_model), stages_of(config, config.d_ff)
+    narrow, wide = stages_of(config, "D"), stages_of(config, "F")
     inverse = config.form != "reference"
     return [
         (Side(names.before, inputs, inverse), Side(names.after, outputs, False))

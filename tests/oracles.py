@@ -277,18 +277,25 @@ def butterfly_moe(params: Any, x_BxTxD: Array, *, form: str, top_k: int, num_sta
     """The prototypes in `params` are taken as they are, so quantise them first.
 
     separate: W_i = B(phi_i) W_q B(theta_i)^T, up and down; tied: down is W_i^T; reference: B(theta_i) W_q B(phi_i).
+    A rotation without angles is left out, fewer angles stand for equal groups of pairs, and expert i takes prototype i
+    mod the number there is.
     """
 
-    def rotation(angles_A: Array, dim: int) -> Array:
-        return rotation_matrix(dim, min(num_stages, math.ceil(math.log2(dim))), order, angles_A)
+    def rotation(name: str, expert: int, dim: int) -> Array:
+        if name not in params:
+            return np.eye(dim)
+        depth, angles_G = min(num_stages, math.ceil(math.log2(dim))), params[name][expert]
+        group = count_angles(dim, depth, order) // len(angles_G)
+        return rotation_matrix(dim, depth, order, np.repeat(angles_G, group))
 
     def rotated(prefix: str, expert: int) -> Array:
-        w_q = params[f"{prefix}prototype"].T
+        prototypes = params[f"{prefix}prototype"]
+        w_q = (prototypes[expert % len(prototypes)] if prototypes.ndim == 3 else prototypes).T
         outputs, inputs = w_q.shape
-        theta, phi = params[f"{prefix}theta_angles"][expert], params[f"{prefix}phi_angles"][expert]
+        theta, phi = f"{prefix}theta_angles", f"{prefix}phi_angles"
         if form == "reference":
-            return rotation(theta, outputs) @ w_q @ rotation(phi, inputs)
-        return rotation(phi, outputs) @ w_q @ rotation(theta, inputs).T
+            return rotation(theta, expert, outputs) @ w_q @ rotation(phi, expert, inputs)
+        return rotation(phi, expert, outputs) @ w_q @ rotation(theta, expert, inputs).T
 
     experts = range(params["router"]["kernel"].shape[1])
     if form == "separate":
@@ -299,6 +306,7 @@ def butterfly_moe(params: Any, x_BxTxD: Array, *, form: str, top_k: int, num_sta
 
     def token(x: Array) -> Array:
         chosen = list(zip(*route(params["router"]["kernel"].T @ x, top_k), strict=True))
+        chosen = [(e, gate * params.get("output_gain", np.ones(len(experts)))[e]) for e, gate in chosen]
         if form == "reference":
             h = sum(gate * (up[e] @ x) for e, gate in chosen)
             return params["projection"]["kernel"].T @ h + params["projection"]["bias"]

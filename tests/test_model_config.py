@@ -14,7 +14,11 @@ OTHER = {
     "num_experts": 5,
     "top_k": 3,
     "moe_layers": "0",
+    "rotations": "outer",
     "num_stages": 3,
+    "angle_group": 2,
+    "num_prototypes": 2,
+    "output_gain": "expert",
     "stride_order": "ascending",
     "ternary_scale": "tensor",
     "angle_bits": 8,
@@ -34,7 +38,9 @@ OTHER = {
     "channels": 3,
     "num_classes": 7,
 }
-BUTTERFLY_ONLY = {"form", "num_stages", "stride_order", "ternary_scale", "angle_bits", "angle_init", "dispatch"}
+BUTTERFLY_ONLY = {"form", "num_stages", "stride_order", "ternary_scale", "angle_bits", "angle_init", "dispatch"} | {
+    *("rotations", "angle_group", "num_prototypes", "output_gain")
+}
 FAMILIES = ["dense", "standard", "ternary", "butterfly"]
 MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_precision"}
 

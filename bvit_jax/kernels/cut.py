@@ -108,7 +108,7 @@ def strips_of(cut: Cut, angles: Angles, weights: Weights) -> Iterator[tuple[Angl
         yield angles, weights
         return
     wide = {side.name for side in (cut.sides[1], cut.sides[2])}
-    depth = len(cut.sides[1].stages)
+    depth = len(cut.sides[1].stages)  # 0: there are no angles to divide
     for strip in range(cut.strips):
 
         def own(x: jax.Array, groups: int, strip: int = strip) -> jax.Array:
@@ -117,7 +117,10 @@ def strips_of(cut: Cut, angles: Angles, weights: Weights) -> Iterator[tuple[Angl
             return parts[..., strip, :].reshape(*x.shape[:-1], -1)
 
         yield (
-            {name: own(table, depth << (depth - 1)) if name in wide else table for name, table in angles.items()},
+            {
+                name: own(table, depth << (depth - 1)) if name in wide and depth else table
+                for name, table in angles.items()
+            },
             Weights(
                 up_DxF=own(weights.up_DxF, 1 << depth),
                 up_bias=own(weights.up_bias, 1 << depth),

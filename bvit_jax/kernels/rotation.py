@@ -45,7 +45,8 @@ def num_columns(stages: butterfly.Stages) -> int:
 
 def tables(angles_ExA: jax.Array, stages: butterfly.Stages) -> tuple[jax.Array, jax.Array]:
     """Returns the cosines and sines of angles in the columns that `turn` reads, float32 (E, C) both."""
-    cos, sin = [], []
+    none = angles_ExA[:, :0].astype(jnp.float32)
+    cos, sin = [none], [none]
     for stage, angles in zip(stages, butterfly.by_stage(stages, angles_ExA.astype(jnp.float32)), strict=True):
         angles = angles.reshape(-1, stage.outer, len(stage.first), stage.inner)
         c, s = jnp.cos(angles), jnp.sin(angles)
@@ -59,7 +60,7 @@ def tables(angles_ExA: jax.Array, stages: butterfly.Stages) -> tuple[jax.Array, 
 
 def angle_gradients(columns_ExC: jax.Array, stages: butterfly.Stages) -> jax.Array:
     """Turns what `unturn` leaves in the columns of a table into gradients of angles, (E, A)."""
-    gradients, start = [], 0
+    gradients, start = [columns_ExC[:, :0]], 0
     for stage in stages:
         part = columns_ExC[:, start : start + _columns(stage)]
         if not _in_registers(stage):
