@@ -16,8 +16,8 @@ from bvit_jax.scaling import Point, by_variant, growth
 from bvit_jax.sweep import Summary
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell the series apart without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.grid": True,
@@ -38,13 +38,13 @@ def sweep_plots(summaries: Sequence[Summary], directory: Path) -> list[Path]:
         "bytes_vs_experts.png": _bytes_against_experts,
         "accuracy_vs_bytes.png": _accuracy_against_bytes,
     }
-    return [_draw(directory / name, partial(draw, summaries=summaries)) for name, draw in pictures.items()]
+    return [draw_to(directory / name, partial(draw, summaries=summaries)) for name, draw in pictures.items()]
 
 
 def memory_plot(points: Sequence[Point], title: str, path: Path) -> Path:
     """Draws bytes against experts, a panel a family and form, a line a number format, in both accountings."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _draw(path, partial(_memory, points=points, title=title), size=(10.4, 7.0), legend=False)
+    return draw_to(path, partial(_memory, points=points, title=title), size=(10.4, 7.0), legend=False)
 
 
 def compile_plot(rows: Sequence[Row], title: str, path: Path) -> Path:
@@ -57,7 +57,7 @@ def compile_plot(rows: Sequence[Row], title: str, path: Path) -> Path:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     height = 1.0 + 3.0 * len({row.case.topology for row in rows})
-    return _draw(path, partial(_compiled, rows=rows, title=title), size=(8.0, height))
+    return draw_to(path, partial(_compiled, rows=rows, title=title), size=(8.0, height))
 
 
 def bench_plot(rows: Sequence[bench_cases.Row], title: str, path: Path) -> Path:
@@ -72,10 +72,10 @@ def bench_plot(rows: Sequence[bench_cases.Row], title: str, path: Path) -> Path:
     groups = {row.case.group[:2]: row.case.group for row in sorted(rows, key=lambda row: row.case.top_k)}
     panels = [[row for row in rows if row.case.group == group] for group in groups.values()]
     size = (4.0 * min(len(panels), 3), 1.6 + 3.0 * -(-len(panels) // 3))
-    return _draw(path, partial(_timed, panels=panels, title=title), size=size, legend=False)
+    return draw_to(path, partial(_timed, panels=panels, title=title), size=size, legend=False)
 
 
-def _draw(path: Path, draw: Callable[[Figure], None], size: tuple[float, float] = _SIZE, legend: bool = True) -> Path:
+def draw_to(path: Path, draw: Callable[[Figure], None], size: tuple[float, float] = _SIZE, legend: bool = True) -> Path:
     """Draws and saves one picture, with a legend below it if the panels have none of their own."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -101,15 +101,15 @@ def _accuracy_against_experts(figure: Figure, summaries: Sequence[Summary]) -> N
     axes = figure.subplots()
     for index, (name, line) in enumerate(_series(summaries).items()):
         mean, spread = _accuracy(line)
-        style: dict[str, Any] = {"color": _COLOURS[index % 7], "label": name}
+        style: dict[str, Any] = {"color": COLOURS[index % 7], "label": name}
         if line[0].sample.family == "dense":
             axes.axhline(mean[0], linestyle="--", **style)
             if spread[0] > 0:
-                axes.axhspan(mean[0] - spread[0], mean[0] + spread[0], color=_COLOURS[index % 7], alpha=0.1)
+                axes.axhspan(mean[0] - spread[0], mean[0] + spread[0], color=COLOURS[index % 7], alpha=0.1)
         else:
             beside = 1.03 ** (index - 1)  # keeps the error bars of equal numbers of experts apart
             experts = [beside * number for number in _experts(line)]
-            axes.errorbar(experts, mean, spread, marker=_MARKERS[index % 7], capsize=3, **style)
+            axes.errorbar(experts, mean, spread, marker=MARKERS[index % 7], capsize=3, **style)
     _expert_axis(axes, (s.sample.num_experts for s in summaries if s.sample.family != "dense"))
     axes.set_ylabel("test accuracy (%)")
     axes.set_title("Accuracy against experts, mean ± standard deviation over seeds", fontsize=10)
@@ -121,11 +121,11 @@ def _bytes_against_experts(figure: Figure, summaries: Sequence[Summary]) -> None
         for accounting, linestyle in (("bytes_full", "-"), ("bytes_paper", ":")):
             megabytes = [getattr(s.sample, accounting) / 1e6 for s in line]
             label = f"{name}, {accounting.removeprefix('bytes_')}"
-            style: dict[str, Any] = {"color": _COLOURS[index % 7], "linestyle": linestyle, "label": label}
+            style: dict[str, Any] = {"color": COLOURS[index % 7], "linestyle": linestyle, "label": label}
             if line[0].sample.family == "dense":
                 axes.axhline(megabytes[0], **style)
             else:
-                axes.plot(_experts(line), megabytes, marker=_MARKERS[index % 7], **style)
+                axes.plot(_experts(line), megabytes, marker=MARKERS[index % 7], **style)
     _expert_axis(axes, (s.sample.num_experts for s in summaries if s.sample.family != "dense"))
     axes.set_yscale("log")
     axes.set_ylabel("MB")
@@ -139,7 +139,7 @@ def _accuracy_against_bytes(figure: Figure, summaries: Sequence[Summary]) -> Non
         for index, (name, line) in enumerate(_series(summaries).items()):
             mean, spread = _accuracy(line)
             megabytes = [getattr(s.sample, accounting) / 1e6 for s in line]
-            style: dict[str, Any] = {"color": _COLOURS[index % 7], "marker": _MARKERS[index % 7], "label": name}
+            style: dict[str, Any] = {"color": COLOURS[index % 7], "marker": MARKERS[index % 7], "label": name}
             axes.errorbar(megabytes, mean, spread, capsize=3, **style)
             if line[0].sample.family != "dense":
                 for x, y, summary in zip(megabytes, mean, line, strict=True):
@@ -164,7 +164,7 @@ def _memory(figure: Figure, points: Sequence[Point], title: str) -> None:
         for index, (variant, line) in enumerate(lines.items()):
             experts = [p.num_experts for p in line]
             slope = f", fit E^{exponents[variant]:.2f}" if variant in exponents else ""
-            style: dict[str, Any] = {"color": _COLOURS[index], "marker": _MARKERS[index], "markersize": 3}
+            style: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 3}
             axes.plot(
                 experts, [p.ledger.bytes_full_ffn / 1e6 for p in line], label=f"{variant.numbers}{slope}", **style
             )
@@ -207,7 +207,7 @@ def _compiled(figure: Figure, rows: Sequence[Row], title: str) -> None:
         for index, family in enumerate(families):
             for step, linestyle in (("train", "-"), ("eval", ":")):
                 line = [row for row in here if (row.case.family, row.case.step) == (family, step)]
-                style: dict[str, Any] = {"color": _COLOURS[index], "marker": _MARKERS[index], "linestyle": linestyle}
+                style: dict[str, Any] = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": linestyle}
                 style |= {"markersize": 4, "label": f"{family}, {step}"}
                 _compiled_line(memory, line, lambda row: row.compiled.peak_bytes, 1e9, style)
                 if step == "train":
@@ -254,7 +254,7 @@ def _timed(figure: Figure, panels: Sequence[Sequence[bench_cases.Row]], title: s
 
 def _timed_panel(axes: Axes, rows: Sequence[bench_cases.Row]) -> None:
     """Draws one group: a line a variant, and dense layers as levels."""
-    colours = {dispatch: _COLOURS[index + 1] for index, dispatch in enumerate((None, *bench_cases.DISPATCHES))}
+    colours = {dispatch: COLOURS[index + 1] for index, dispatch in enumerate((None, *bench_cases.DISPATCHES))}
     for name, by_experts in bench_cases.lines(rows).items():
         line = [row for row in by_experts.values() if row.relative is not None]
         if not line or name.endswith(bench_cases.FULL_DEPTH):

@@ -9,23 +9,18 @@ A sweep's directory:
 Every trial runs in a process of its own: what it does to its memory or its devices stays its own affair.
 """
 
-import copy
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from bvit_jax import memory, metrics
-from bvit_jax.config import Config, resolve
-from bvit_jax.model_config import require
+from bvit_jax import intervals, memory, metrics
+from bvit_jax.config import Config
 
 Status = Literal["ok", "failed", "unfinished"]
-USUAL_FIELDS = ("model.family", "model.form", "model.num_experts", "seed")
-"""Fields of a grid that have columns of their own in the tables."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +30,17 @@ class Trial:
     Attributes:
         config: what to run.
         directory: where.
-        settings: `field=value` of the grid's fields other than family, form, experts and seed.
+        settings: the labels of its case, and `field=value` of the grid's fields other than family, form, experts and
+            seed.
+        labels: those of its case.
+        chosen: the grid's values by dotted name.
     """
 
     config: Config
     directory: Path
     settings: str = ""
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -126,74 +126,6 @@ class ResultRow:
     error: str
 
 
-def expand(base: Mapping[str, Any], grid: Mapping[str, Any], workdir: Path) -> list[Trial]:
-    """Lists the trials of a grid, each configuration once.
-
-    Combinations that mean the same model (a dense model at 4 and at 16 experts) are one trial. Where there are fewer
-    experts than `base` selects, all are selected, unless the grid says how many. All configurations are
-    resolved before anything runs, so a bad one is reported at once.
-
-    Args:
-        base: a configuration as in `configs/`, nested mappings.
-        grid: nested as `base`, each leaf a sequence of values for that field; all combinations are run, seed by seed.
-        workdir: the sweep's directory.
-
-    Raises:
-        ConfigError: for a leaf that is no sequence, an empty one, a field that `base` lacks, or a bad configuration.
-    """
-    axes = list(_leaves(grid))
-    for name, values in axes:
-        valid = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0
-        require(valid, f"grid.{name}", values, "a non-empty sequence of values")
-    trials: dict[str, Trial] = {}
-    for values in itertools.product(*(values for _, values in axes)):
-        chosen = dict(zip((name for name, _ in axes), values, strict=True))
-        config = resolve(_selecting_few(_with_values(base, chosen), chosen))
-        digest = config.digest()
-        trials.setdefault(digest, Trial(config, workdir / "trials" / digest, _settings(config, chosen)))
-    # One seed of everything before the next: comparable early, and later seeds find their programs compiled.
-    return sorted(trials.values(), key=lambda trial: trial.config.seed)
-
-
-def _leaves(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of nested mappings, in order."""
-    for name, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _with_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies nested mappings with the fields of these dotted names replaced."""
-    result: dict[str, Any] = copy.deepcopy(dict(base))
-    for name, value in values.items():
-        *sections, field = name.split(".")
-        place = result
-        for section in sections:
-            require(isinstance(place.get(section), dict), f"grid.{name}", value, "of a section that the base has")
-            place = place[section]
-        require(field in place, f"grid.{name}", value, "of a field that the base has")
-        place[field] = value
-    return result
-
-
-def _selecting_few(raw: dict[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Lowers `top_k` to the number of experts if the grid varies that alone."""
-    experts = chosen.get("model.num_experts")
-    top_k = raw.get("model", {}).get("top_k")
-    if "model.top_k" not in chosen and isinstance(experts, int) and isinstance(top_k, int) and 1 <= experts < top_k:
-        raw["model"]["top_k"] = experts
-    return raw
-
-
-def _settings(config: Config, chosen: Mapping[str, Any]) -> str:
-    """Says what the grid set beyond the usual; a field that the family ignores reads as its neutral value."""
-    resolved = dict(_leaves(config.to_dict()))
-    extra = {name: resolved.get(name, value) for name, value in chosen.items() if name not in USUAL_FIELDS}
-    return " ".join(f"{name}={value}" for name, value in extra.items())
-
-
 def result_row(trial: Trial, cause: str | None = None) -> ResultRow:
     """Collects what is known of a trial; sizes come from the ledger whether or not it has run.
 
@@ -241,15 +173,21 @@ class Summary:
 
     Attributes:
         sample: the row of one of its trials; sizes are the same for all.
+        trial: that trial; labels and the grid's values are the same for all, but for the seed.
         seeds: finished trials.
+        accuracies: their test accuracies.
         accuracy_mean, accuracy_std: of the test accuracy; the deviation is nan for a single seed.
+        accuracy_interval: half the width of the mean's 95 % confidence interval (`bvit_jax.intervals`); nan likewise.
         val_accuracy_mean, nll_mean, images_per_second: means, the last a median.
     """
 
     sample: ResultRow
+    trial: Trial
     seeds: int
+    accuracies: tuple[float, ...]
     accuracy_mean: float
     accuracy_std: float
+    accuracy_interval: float
     val_accuracy_mean: float
     nll_mean: float
     images_per_second: float
@@ -257,23 +195,26 @@ class Summary:
 
 def summarise(trials: Sequence[Trial], rows: Sequence[ResultRow]) -> list[Summary]:
     """Groups the finished trials by everything but the seed, in the order of the grid."""
-    groups: dict[str, list[ResultRow]] = {}
+    groups: dict[str, list[tuple[Trial, ResultRow]]] = {}
     for trial, row in zip(trials, rows, strict=True):
         if row.status == "ok":
-            groups.setdefault(trial.group, []).append(row)
-    return [_summary(group) for group in groups.values()]
+            groups.setdefault(trial.group, []).append((trial, row))
+    return [_summary(group[0][0], [row for _, row in group]) for group in groups.values()]
 
 
-def _summary(group: list[ResultRow]) -> Summary:
+def _summary(trial: Trial, group: list[ResultRow]) -> Summary:
     def values(name: str) -> np.ndarray:
         return np.array([getattr(row, name) for row in group], np.float64)  # None becomes nan
 
     accuracy = values("test_accuracy")
     return Summary(
         sample=group[0],
+        trial=trial,
         seeds=len(group),
+        accuracies=tuple(accuracy.tolist()),
         accuracy_mean=float(accuracy.mean()),
         accuracy_std=float(accuracy.std(ddof=1)) if len(group) > 1 else float("nan"),
+        accuracy_interval=intervals.half_interval(accuracy),
         val_accuracy_mean=float(values("val_accuracy").mean()),
         nll_mean=float(values("test_nll").mean()),
         images_per_second=float(np.median(values("images_per_second"))),
@@ -283,21 +224,25 @@ def _summary(group: list[ResultRow]) -> Summary:
 def to_markdown(summaries: Sequence[Summary], rows: Sequence[ResultRow]) -> str:
     """Formats the summary table, and lists the trials that failed or are unfinished."""
     lines = [
-        "Test accuracy in per cent, mean ± standard deviation over seeds, of the best checkpoint on validation. "
+        "Test accuracy in per cent, mean ± standard deviation over seeds, of the best checkpoint on validation; 95 %: "
+        "half the confidence interval of the mean; validation: mean accuracy there, of the same checkpoints. "
         "MB: 10^6 bytes. `paper` counts the expert matrices by the paper's formula, `full` every tensor as "
         "stored for inference. x: bytes of the standard mixture of equal shape and experts, over these. images/s: "
         "training, with the sweep's other trials running beside it.",
         "",
-        "| family | form | experts | settings | seeds | test accuracy | test NLL | params | MB paper | MB full "
-        "| x paper | x full | x full, FFN | images/s |",
-        "|" + "---|" * 14,
+        "| family | form | experts | settings | seeds | test accuracy | 95 % | validation | test NLL | params "
+        "| MB paper | MB full | x paper | x full | x full, FFN | images/s |",
+        "|" + "---|" * 16,
     ]
     for summary in summaries:
         row = summary.sample
-        spread = "" if np.isnan(summary.accuracy_std) else f" ± {100 * summary.accuracy_std:.2f}"
+        several = not np.isnan(summary.accuracy_std)
+        spread = f" ± {100 * summary.accuracy_std:.2f}" if several else ""
+        interval = f"± {100 * summary.accuracy_interval:.2f}" if several else "-"
         lines.append(
             f"| {row.family} | {row.form} | {row.num_experts} | {row.settings or '-'} | {summary.seeds} "
-            f"| {100 * summary.accuracy_mean:.2f}{spread} | {summary.nll_mean:.3f} | {row.params:,} "
+            f"| {100 * summary.accuracy_mean:.2f}{spread} | {interval} | {100 * summary.val_accuracy_mean:.2f} "
+            f"| {summary.nll_mean:.3f} | {row.params:,} "
             f"| {row.bytes_paper / 1e6:.4f} | {row.bytes_full / 1e6:.4f} | {row.compression_paper:.1f} "
             f"| {row.compression_full:.2f} | {row.compression_full_ffn:.2f} | {summary.images_per_second:.0f} |"
         )

@@ -23,11 +23,14 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from bvit_jax import (
+    case_plots,
+    comparison,
     config,
     data,
     executor,
     failures,
     files,
+    grid,
     memory_report,
     plots,
     preemption,
@@ -42,13 +45,18 @@ from bvit_jax.model_config import require
 from experiments import data_flags, entry, tables
 
 _DEFAULT_CONFIG = str(Path(__file__).parent.parent / "configs" / "sweep_digits.py")
-_CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT_CONFIG, "The sweep: base, grid and memory_base.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", _DEFAULT_CONFIG, "The sweep: base and grid; if wanted cases, compare, memory_base."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's directory; runs/NAME_OF_CONFIG if left out.")
 flags.adopt_module_key_flags(data_flags)
 _JOBS = flags.DEFINE_integer("jobs", 0, "Trials at a time; 0: one per core on CPUs (8 at most), one on accelerators.")
 _RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run again the trials that failed in an earlier call.")
 
-OUTPUTS = ("trials", "errors", "results.csv", "summary.md", "plots", "config.json", "checkpoints", "metrics.jsonl")
+OUTPUTS = (
+    *("trials", "errors", "results.csv", "comparisons.csv", "summary.md", "plots"),
+    *("config.json", "checkpoints", "metrics.jsonl"),
+)
 LOCK_PATIENCE_SECONDS = 1.0
 """Any at all, so that a sweep on another machine that may be dead is waited for until that is known."""
 MEMORY_EXPERTS = tuple(2**power for power in range(13))
@@ -63,13 +71,16 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # to count shapes; an accelerator is for the trials
     require(_JOBS.value >= 0, "jobs", _JOBS.value, "0 or more")
     raw = entry.read_config(_CONFIG)
-    for section in ("base", "grid", "memory_base"):
-        require(section in raw, f"config.{section}", None, "there: a sweep has base, grid and memory_base")
+    for section in ("base", "grid"):
+        require(section in raw, f"config.{section}", None, "there: a sweep has a base and a grid")
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(_WORKDIR.value or Path("runs") / name)
     print(f"workdir: {workdir}")
-    trials = sweep.expand(raw["base"], raw["grid"], workdir)
-    memory_base = config.resolve(raw["memory_base"])
+    trials = grid.expand(raw["base"], raw["grid"], workdir, raw.get("cases", (({}, {}),)))
+    compare = _Compare(**raw["compare"]) if "compare" in raw else None
+    if compare:
+        comparison.check(compare.label, compare.baselines, trials)
+    memory_base = config.resolve(raw["memory_base"]) if "memory_base" in raw else None
     platform = executor.probe_platform()
     for trial in trials:
         model, batch_size = trial.config.model, trial.config.batch_size
@@ -81,15 +92,22 @@ def main(argv: Sequence[str]) -> None:
             print(f"taking over from {dead}, which ended without letting go")
         for name, found in images.items():
             run_images.claim(workdir, name, found)
-        _run(trials, memory_base, workdir, _JOBS.value or platform.default_jobs, notice)
+        report = _Report(trials, Failures(workdir / failures.FOLDER), workdir, compare)
+        if memory_base is not None:
+            report.draw_memory(memory_base)
+        _run(report, _JOBS.value or platform.default_jobs, notice)
 
 
-def _run(
-    trials: Sequence[sweep.Trial], memory_base: config.Config, workdir: Path, jobs: int, notice: preemption.Notice
-) -> None:
-    failed = Failures(workdir / failures.FOLDER)
-    report = _Report(trials, failed, workdir)
-    report.draw_memory(memory_base)
+@dataclasses.dataclass(frozen=True)
+class _Compare:
+    """Cases to compare the others with: values of one label."""
+
+    label: str
+    baselines: Sequence[str]
+
+
+def _run(report: "_Report", jobs: int, notice: preemption.Notice) -> None:
+    trials, failed, workdir = report.trials, report.failed, report.workdir
     statuses = [failed.status(trial) for trial in trials]
     print(
         f"{len(trials)} trials, {statuses.count('ok')} finished, {statuses.count('failed')} failed; {jobs} at a time; "
@@ -116,15 +134,18 @@ def _run(
 class _Report:
     """The sweep's tables and pictures; what cannot be written does not end the sweep."""
 
-    def __init__(self, trials: Sequence[sweep.Trial], failed: Failures, workdir: Path) -> None:
-        self._trials = trials
-        self._failed = failed
-        self._workdir = workdir
+    def __init__(
+        self, trials: Sequence[sweep.Trial], failed: Failures, workdir: Path, compare: _Compare | None
+    ) -> None:
+        self.trials = trials
+        self.failed = failed
+        self.workdir = workdir
+        self._compare = compare
         self._unwritten: dict[str, OSError] = {}
 
     def show_ended(self, trial: sweep.Trial) -> None:
         """Prints how a trial ended, and brings the tables up to date."""
-        row = sweep.result_row(trial, self._failed.cause(trial))
+        row = sweep.result_row(trial, self.failed.cause(trial))
         shown = row.error if row.test_accuracy is None else f"test accuracy {row.test_accuracy:.4f}"
         _say(f"{trial.label:<40} {row.status:<10} {shown}")
         for warning in (trial.result or {}).get("warnings", []):
@@ -133,25 +154,34 @@ class _Report:
 
     def write(self) -> list[sweep.Summary]:
         """Writes the tables as things stand."""
-        rows = [sweep.result_row(trial, self._failed.cause(trial)) for trial in self._trials]
-        summaries = sweep.summarise(self._trials, rows)
+        rows = [sweep.result_row(trial, self.failed.cause(trial)) for trial in self.trials]
+        summaries = sweep.summarise(self.trials, rows)
         with self._goes_on("tables"):
-            files.write_rows(self._workdir / "results.csv", [dataclasses.asdict(row) for row in rows])
-            files.write_text(self._workdir / "summary.md", sweep.to_markdown(summaries, rows))
+            files.write_rows(self.workdir / "results.csv", [dataclasses.asdict(row) for row in rows])
+            text = sweep.to_markdown(summaries, rows)
+            if self._compare:
+                found = comparison.compare(self.trials, rows, self._compare.label, self._compare.baselines)
+                if found:
+                    files.write_rows(self.workdir / "comparisons.csv", [dataclasses.asdict(row) for row in found])
+                text += comparison.to_markdown(found, self._compare.label)
+            files.write_text(self.workdir / "summary.md", text)
         return summaries
 
     def draw(self, summaries: Sequence[sweep.Summary]) -> None:
         """Draws accuracy and bytes of the finished trials."""
         with self._goes_on("plots"):
-            plots.sweep_plots(summaries, self._workdir / "plots")
+            if self._compare:
+                case_plots.draw(summaries, self._compare.label, self._compare.baselines, self.workdir / "plots")
+            else:
+                plots.sweep_plots(summaries, self.workdir / "plots")
 
     def draw_memory(self, base: config.Config) -> None:
         """Counts the memory_base model from 1 to 4096 experts, from shapes alone, and shows the 64-expert figures."""
         rest = storage.Storage(router=base.model.router_precision)
         with self._goes_on("memory report"):
-            points = memory_report.write(base, rest, MEMORY_EXPERTS, self._workdir)
+            points = memory_report.write(base, rest, MEMORY_EXPERTS, self.workdir)
             shown = [p for p in points if p.num_experts == 64 and p.variant.numbers in ("float32", *SHOWN_ANGLES)]
-            where = self._workdir / "memory_totals.csv"
+            where = self.workdir / "memory_totals.csv"
             print(f"{memory_report.describe(base)}, 64 experts, counted from shapes (all: {where}):")
             tables.show(tables.memory_table(shown))
 
@@ -159,15 +189,15 @@ class _Report:
         """Prints what failed and what is not written as it should be; says whether there was any."""
         for name, error in self._unwritten.items():
             print(f"{name} could not be written: {error}")
-        failed = [trial for trial in self._trials if self._failed.status(trial) == "failed"]
+        failed = [trial for trial in self.trials if self.failed.status(trial) == "failed"]
         for trial in failed:
-            print(f"failed: {trial.label}: {sweep.result_row(trial, self._failed.cause(trial)).error}")
+            print(f"failed: {trial.label}: {sweep.result_row(trial, self.failed.cause(trial)).error}")
         for trial in failed:
-            if not self._failed.is_recorded(trial):
-                print(f"{self._failed.directory} could not be written; what it should say of {trial.label}:")
-                print(self._failed.cause(trial))
+            if not self.failed.is_recorded(trial):
+                print(f"{self.failed.directory} could not be written; what it should say of {trial.label}:")
+                print(self.failed.cause(trial))
         if failed:
-            print(f"{len(failed)} trials failed, see {self._failed.directory}; --retry_failed runs them again")
+            print(f"{len(failed)} trials failed, see {self.failed.directory}; --retry_failed runs them again")
         return bool(failed or self._unwritten)
 
     @contextlib.contextmanager

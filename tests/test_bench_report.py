@@ -192,7 +192,7 @@ def test_the_picture_shows_every_path_that_ran(tmp_path):
     rows = [row_of(case) for case in SMALL.cases(2)]
     picture = check_picture(plots.bench_plot(rows, "title", tmp_path / "all.png"))
     # Standard, rows, blocks, fused (which did not run), auto.
-    assert [has_colour(picture, colour) for colour in plots._COLOURS[1:6]] == [True, True, True, False, True]
+    assert [has_colour(picture, colour) for colour in plots.COLOURS[1:6]] == [True, True, True, False, True]
     slower = [dataclasses.replace(row, relative=3.0) if row.case.copies > 1 else row for row in rows]
     other = plots.bench_plot(slower, "title", tmp_path / "other.png")
     assert other.read_bytes() != (tmp_path / "all.png").read_bytes()

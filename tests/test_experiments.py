@@ -74,7 +74,7 @@ def test_train_writes_its_result_and_refuses_the_workdir_to_another_configuratio
 def test_a_config_without_a_sweep_is_refused(tmp_path):
     run = start("experiments.sweep", "--config=configs/digits.py", f"--workdir={tmp_path / 'sweep'}")
     assert run.returncode == 2
-    assert "a sweep has base, grid and memory_base" in run.stderr
+    assert "a sweep has a base and a grid" in run.stderr
     assert not (tmp_path / "sweep").exists()
 
 

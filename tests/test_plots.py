@@ -15,7 +15,8 @@ NAMES = ["accuracy_vs_experts.png", "bytes_vs_experts.png", "accuracy_vs_bytes.p
 
 def summary(argument: str, accuracy: float, deviation: float = 0.01, settings: str = "") -> sweep.Summary:
     trial = sweep.Trial(make_config(argument), Path("absent"), settings)
-    return sweep.Summary(sweep.result_row(trial), 2, accuracy, deviation, accuracy, 1.0, 100.0)
+    row, both = sweep.result_row(trial), (accuracy - 0.01, accuracy + 0.01)
+    return sweep.Summary(row, trial, 2, both, accuracy, deviation, deviation, accuracy, 1.0, 100.0)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def test_a_sweep_has_three_pictures(summaries, tmp_path):
     pictures = [check_picture(path) for path in found]
     for picture in pictures:
         # One series each: dense, standard, butterfly separate, butterfly tied.
-        assert all(has_colour(picture, colour) for colour in plots._COLOURS[:4])
-        assert not has_colour(picture, plots._COLOURS[5])
+        assert all(has_colour(picture, colour) for colour in plots.COLOURS[:4])
+        assert not has_colour(picture, plots.COLOURS[5])
 
 
 def test_pictures_show_the_numbers(summaries, tmp_path):
@@ -106,6 +107,6 @@ def test_memory_curves(tmp_path):
     path = plots.memory_plot(points, "title", tmp_path / "deep" / "memory.png")
     assert path == tmp_path / "deep" / "memory.png"
     picture = check_picture(path)
-    assert all(has_colour(picture, colour) for colour in plots._COLOURS[:4])
+    assert all(has_colour(picture, colour) for colour in plots.COLOURS[:4])
     other = plots.memory_plot(points, "another", tmp_path / "other.png")
     assert other.read_bytes() != path.read_bytes()

@@ -3,27 +3,16 @@ import dataclasses
 import io
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bvit_jax import files, memory, sweep
-from bvit_jax.config import resolve
-from bvit_jax.model_config import ConfigError
-from configs import digits
 from tests.conftest import make_config
 
 HEADER = (
     "family,num_experts,seed,form,test_accuracy,val_accuracy,params,bytes_paper,bytes_full,compression_paper,"
     "compression_full,images_per_second,steps,wall_seconds,status"
 )
-
-
-def base() -> dict[str, Any]:
-    raw = digits.get_config("butterfly,4").to_dict()
-    raw["total_steps"] = 200
-    raw["optimizer"]["warmup_steps"] = 2
-    return raw
 
 
 def make_trial(directory: Path, argument: str = "butterfly,4", settings: str = "", **changes: object) -> sweep.Trial:
@@ -41,101 +30,6 @@ def finish(trial: sweep.Trial, accuracy: float, **changes: object) -> sweep.Tria
     trial.directory.mkdir(parents=True)
     files.write_json(trial.directory / "result.json", result | changes)
     return trial
-
-
-def shorthand(trials: list[sweep.Trial]) -> list[tuple[Any, ...]]:
-    models = [trial.config.model for trial in trials]
-    return [(t.config.seed, m.family, m.num_experts, m.form) for t, m in zip(trials, models, strict=True)]
-
-
-def test_a_grid_is_the_product_of_its_leaves_seed_by_seed(tmp_path):
-    grid = {"model": {"family": ("standard", "butterfly"), "num_experts": (4, 8)}, "seed": [1, 0]}
-    kinds = [("standard", 4), ("standard", 8), ("butterfly", 4), ("butterfly", 8)]
-    found = sweep.expand(base(), grid, tmp_path)
-    assert shorthand(found) == [(seed, *kind, "separate") for seed in (0, 1) for kind in kinds]
-
-
-def test_trials_are_the_base_but_for_the_grid(tmp_path):
-    [trial] = sweep.expand(base(), {"optimizer": {"learning_rate": (0.5,)}}, tmp_path)
-    raw = base()
-    raw["optimizer"]["learning_rate"] = 0.5
-    assert trial.config == resolve(raw)
-    assert trial.directory == tmp_path / "trials" / trial.config.digest()
-
-
-def test_an_empty_grid_is_the_base_itself(tmp_path):
-    [trial] = sweep.expand(base(), {}, tmp_path)
-    assert trial.config == resolve(base())
-    assert trial.settings == ""
-
-
-def test_combinations_that_mean_the_same_model_are_one_trial(tmp_path):
-    grid = {
-        "model": {"family": ("dense", "standard", "butterfly"), "num_experts": (4, 8), "form": ("separate", "tied")}
-    }
-    assert shorthand(sweep.expand(base(), grid, tmp_path)) == [
-        (0, "dense", 1, "separate"),
-        (0, "standard", 4, "separate"),
-        (0, "standard", 8, "separate"),
-        *[(0, "butterfly", experts, form) for experts in (4, 8) for form in ("separate", "tied")],
-    ]
-
-
-def test_a_single_expert_is_selected_alone_unless_the_grid_says_otherwise(tmp_path):
-    trials = sweep.expand(base(), {"model": {"num_experts": (1, 4)}}, tmp_path)
-    assert [(t.config.model.num_experts, t.config.model.top_k) for t in trials] == [(1, 1), (4, 2)]
-    trials = sweep.expand(base(), {"model": {"num_experts": (4,), "top_k": (1, 3)}}, tmp_path)
-    assert [trial.config.model.top_k for trial in trials] == [1, 3]
-
-
-def test_expanding_leaves_base_and_disk_alone(tmp_path):
-    raw = base()
-    trials = sweep.expand(raw, {"model": {"num_experts": (8, 16)}}, tmp_path / "new")
-    assert raw == base()
-    assert len({trial.directory for trial in trials}) == 2
-    assert not (tmp_path / "new").exists()
-
-
-def test_settings_say_what_the_grid_set_beyond_the_usual(tmp_path):
-    grid = {
-        "seed": (0,),
-        "model": {"family": ("butterfly", "dense"), "num_stages": (3,)},
-        "loss": {"router_z": (0, 0.5)},
-    }
-    assert [trial.settings for trial in sweep.expand(base(), grid, tmp_path)] == [
-        "model.num_stages=3 loss.router_z=0.0",
-        "model.num_stages=3 loss.router_z=0.5",
-        "model.num_stages=1 loss.router_z=0.0",  # dense models have no stages: the neutral value
-        "model.num_stages=1 loss.router_z=0.5",
-    ]
-
-
-def test_settings_name_variants(tmp_path):
-    [trial] = sweep.expand(base(), {"model": {"variant": ("tiny",)}}, tmp_path)
-    assert trial.settings == "model.variant=tiny"
-
-
-@pytest.mark.parametrize(
-    ("grid", "message"),
-    [
-        ({"seed": 3}, "grid.seed = 3: it must be a non-empty sequence of values"),
-        ({"seed": ()}, "grid.seed = (): it must be a non-empty sequence of values"),
-        ({"seed": None}, "grid.seed = None: it must be a non-empty sequence of values"),
-        ({"model": {"family": "dense"}}, "grid.model.family = 'dense': it must be a non-empty sequence of values"),
-        ({"modle": {"family": ("dense",)}}, "grid.modle.family = 'dense': it must be of a section that the base has"),
-        ({"seed": {"model": (1,)}}, "grid.seed.model = 1: it must be of a section that the base has"),
-        ({"model": {"expert": (4,)}}, "grid.model.expert = 4: it must be of a field that the base has"),
-        ({"seeds": (0, 1)}, "grid.seeds = 0: it must be of a field that the base has"),
-        ({"model": {"num_experts": (1,), "top_k": (2,)}}, "model.top_k = 2: it must be at most num_experts = 1"),
-        ({"model": {"num_experts": (4, 0)}}, "model.num_experts = 0: it must be at least 1"),
-        ({"seed": (0, "1")}, "seed = '1': it must be an integer"),
-    ],
-)
-def test_a_bad_grid_is_reported_before_anything_is_written(tmp_path, grid, message):
-    with pytest.raises(ConfigError) as caught:
-        sweep.expand(base(), grid, tmp_path / "new")
-    assert str(caught.value) == message
-    assert not (tmp_path / "new").exists()
 
 
 def test_the_row_of_a_finished_trial(tmp_path):
@@ -277,12 +171,16 @@ def test_means_and_deviations_over_seeds_by_hand(tmp_path):
     assert first.sample == rows[0]
     assert first.seeds == 3
     assert first.accuracy_mean == pytest.approx(2 / 3)
+    assert first.accuracies == (0.5, 0.6, 0.9)
     assert first.accuracy_std == pytest.approx(math.sqrt(78 / 900 / 2))
+    # Student's t with 2 degrees of freedom: 4.303 at 97.5 %.
+    assert first.accuracy_interval == pytest.approx(4.30265 * math.sqrt(78 / 900 / 2) / math.sqrt(3), rel=1e-5)
     assert first.val_accuracy_mean == pytest.approx(2 / 3 - 0.125)
     assert first.nll_mean == pytest.approx(1 / 3)
     assert first.images_per_second == pytest.approx(600)  # the median
     assert (second.sample, second.seeds, second.accuracy_mean) == (rows[1], 1, 0.25)
     assert math.isnan(second.accuracy_std)
+    assert math.isnan(second.accuracy_interval)
 
 
 def test_settings_of_their_own_are_groups_of_their_own(tmp_path):
@@ -318,8 +216,10 @@ def test_the_summary_is_a_table_and_names_what_failed(tmp_path):
     assert len(header) == len(rule) == len(butterfly) == len(dense)
     row = rows[0]
     # Deviation of 0.5 and 0.6: sqrt(2 x 0.05^2 / 1) = 0.0707.
-    assert butterfly[:7] == ["butterfly", "separate", "4", "-", "2", "55.00 ± 7.07", "0.450"]
-    assert butterfly[7:] == [
+    # Student's t with 1 degree of freedom is 12.706 at 97.5 %: 12.706 x 0.0707 / sqrt(2) = 0.6353.
+    assert butterfly[:7] == ["butterfly", "separate", "4", "-", "2", "55.00 ± 7.07", "± 63.53"]
+    assert butterfly[7:9] == ["42.50", "0.450"]
+    assert butterfly[9:] == [
         f"{row.params:,}",
         f"{row.bytes_paper / 1e6:.4f}",
         f"{row.bytes_full / 1e6:.4f}",
@@ -328,6 +228,6 @@ def test_the_summary_is_a_table_and_names_what_failed(tmp_path):
         f"{row.compression_full_ffn:.2f}",
         "550",
     ]
-    assert dense[:6] == ["dense", "-", "1", "a=1", "1", "25.00"]
+    assert dense[:7] == ["dense", "-", "1", "a=1", "1", "25.00", "-"]
     assert f"failed: {rows[3].trial} (butterfly, 4 experts, seed 2) ValueError: broken" in text
     assert "unfinished" not in text

@@ -1,0 +1,136 @@
+"""Differences between the cases of a sweep, seed by seed, with confidence intervals (`bvit_jax.intervals`).
+
+Trials of one seed share the order of their images and what is drawn for them, so that their difference varies less than
+either.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from bvit_jax import intervals
+from bvit_jax.model_config import require
+from bvit_jax.sweep import ResultRow, Trial
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A case against another that differs in one label, by the seeds that both have finished.
+
+    Attributes:
+        where: the other labels and settings, the same for both.
+        case, baseline: the label's values.
+        num_experts: of the case.
+        seeds: pairs of trials.
+        accuracy, nll: mean difference in test accuracy and NLL, case minus baseline; accuracy as a share.
+        accuracy_interval, nll_interval: half the width of their confidence intervals; None for a single pair.
+        baseline_accuracy: mean test accuracy of the baseline over these seeds.
+    """
+
+    where: str
+    case: str
+    baseline: str
+    num_experts: int
+    seeds: int
+    accuracy: float
+    accuracy_interval: float | None
+    nll: float
+    nll_interval: float | None
+    baseline_accuracy: float
+
+
+def check(label: str, baselines: Sequence[str], trials: Sequence[Trial]) -> None:
+    """Raises ConfigError unless the trials have the label, and each baseline is one of its values."""
+    named = sorted({name for trial in trials for name in trial.labels})
+    require(label in named, "compare.label", label, " or ".join(named) or "absent, as there are no cases")
+    values = list(dict.fromkeys(trial.labels[label] for trial in trials))
+    for baseline in baselines:
+        require(baseline in values, "compare.baselines", baseline, " or ".join(values))
+
+
+def compare(
+    trials: Sequence[Trial], rows: Sequence[ResultRow], label: str, baselines: Sequence[str]
+) -> list[Comparison]:
+    """Compares every case with each baseline, seed by seed.
+
+    Args:
+        trials: of a sweep.
+        rows: their results.
+        label: in which a case and its baseline may differ; in all other labels and settings they are equal.
+        baselines: values of the label.
+
+    Returns:
+        A row for each pair with a seed in common, in the order of the trials, baseline by baseline.
+    """
+    finished: dict[tuple[str, str], dict[int, ResultRow]] = {}
+    for trial, row in zip(trials, rows, strict=True):
+        if row.status == "ok":
+            key = where(trial, label), trial.labels[label]
+            finished.setdefault(key, {})[row.seed] = row
+    found = []
+    for baseline in baselines:
+        for (place, case), results in finished.items():
+            others = finished.get((place, baseline), {})
+            seeds = sorted(results.keys() & others.keys())
+            if case != baseline and seeds:
+                found.append(_compared(place, case, baseline, [(results[seed], others[seed]) for seed in seeds]))
+    return found
+
+
+def where(trial: Trial, label: str) -> str:
+    """Names all that a trial was given by its case and the grid, but for its value of `label` and its seed."""
+    grid = [f"{name}={value}" for name, value in trial.chosen.items() if name != "seed"]
+    return " ".join([value for name, value in trial.labels.items() if name != label] + grid)
+
+
+def _compared(place: str, case: str, baseline: str, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> Comparison:
+    def differences(name: str) -> np.ndarray:
+        return np.array([getattr(own, name) - getattr(other, name) for own, other in pairs], np.float64)
+
+    def interval(values: np.ndarray) -> float | None:
+        return intervals.half_interval(values) if len(values) > 1 else None
+
+    accuracy, nll = differences("test_accuracy"), differences("test_nll")
+    return Comparison(
+        where=place,
+        case=case,
+        baseline=baseline,
+        num_experts=pairs[0][0].num_experts,
+        seeds=len(pairs),
+        accuracy=float(accuracy.mean()),
+        accuracy_interval=interval(accuracy),
+        nll=float(nll.mean()),
+        nll_interval=interval(nll),
+        baseline_accuracy=float(np.mean([other.test_accuracy for _, other in pairs])),
+    )
+
+
+def to_markdown(comparisons: Sequence[Comparison], label: str) -> str:
+    """Formats a table for each baseline."""
+    lines = []
+    for baseline in dict.fromkeys(row.baseline for row in comparisons):
+        lines += [
+            "",
+            f"Difference to {label} = {baseline}, paired by seed: mean ± half the 95 % confidence interval, accuracy",
+            "in points; last the accuracy of the baseline.",
+            "",
+            f"| where | {label} | seeds | test accuracy | test NLL | baseline |",
+            "|" + "---|" * 6,
+            *(_line(row) for row in comparisons if row.baseline == baseline),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Comparison) -> str:
+    half = None if row.accuracy_interval is None else 100 * row.accuracy_interval
+    cells = [
+        *(row.where or "-", row.case, str(row.seeds)),
+        *(_signed(100 * row.accuracy, half, 2), _signed(row.nll, row.nll_interval, 3)),
+        f"{100 * row.baseline_accuracy:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _signed(mean: float, half: float | None, digits: int) -> str:
+    return f"{mean:+.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")

@@ -1,0 +1,79 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bvit_jax import comparison, sweep
+from bvit_jax.model_config import ConfigError
+from tests.conftest import make_config
+
+CASES = {"dense": "dense,4", "mixture": "butterfly,4"}
+
+
+def make(bed: str, kind: str, seed: int, **chosen: object) -> sweep.Trial:
+    config = make_config(CASES[kind], seed=seed)
+    return sweep.Trial(config, Path("absent"), f"{bed} {kind}", {"bed": bed, "kind": kind}, {"seed": seed} | chosen)
+
+
+def scored(trial: sweep.Trial, accuracy: float | None) -> sweep.ResultRow:
+    row = sweep.result_row(trial)
+    if accuracy is None:
+        return row
+    return dataclasses.replace(row, status="ok", test_accuracy=accuracy, test_nll=1 - accuracy)
+
+
+def test_differences_are_paired_by_seed_and_by_hand() -> None:
+    scores = {
+        ("pairs", "dense"): (0.5, 0.6, None, 0.9),
+        ("pairs", "mixture"): (0.6, 0.8, 0.1, None),
+        ("few", "dense"): (0.5, None, None, None),
+        ("few", "mixture"): (0.25, None, None, None),
+    }
+    trials = [make(*case, seed) for case, accuracies in scores.items() for seed in range(len(accuracies))]
+    accuracies = [accuracy for line in scores.values() for accuracy in line]
+    rows = [scored(trial, accuracy) for trial, accuracy in zip(trials, accuracies, strict=True)]
+    pairs, few = comparison.compare(trials, rows, "kind", ["dense"])
+    # Seeds 0 and 1 are done in both: differences 0.1 and 0.2, deviation sqrt(2 x 0.05^2) over sqrt(2) = 0.05.
+    assert (pairs.where, pairs.case, pairs.baseline, pairs.seeds) == ("pairs", "mixture", "dense", 2)
+    assert pairs.num_experts == 4
+    assert pairs.accuracy == pytest.approx(0.15)
+    assert pairs.accuracy_interval == pytest.approx(12.7062 * 0.05, rel=1e-5)
+    assert pairs.nll == pytest.approx(-0.15)
+    assert pairs.nll_interval == pytest.approx(12.7062 * 0.05, rel=1e-5)
+    assert pairs.baseline_accuracy == pytest.approx(0.55)
+    assert (few.where, few.accuracy, few.accuracy_interval, few.nll_interval) == ("few", -0.25, None, None)
+    lines = [line for line in comparison.to_markdown([pairs, few], "kind").splitlines() if line.startswith("| ")]
+    assert lines[1:] == [
+        "| pairs | mixture | 2 | +15.00 ± 63.53 | -0.150 ± 0.635 | 55.00 |",
+        "| few | mixture | 1 | -25.00 | +0.250 | 50.00 |",
+    ]
+
+
+def test_only_what_is_equal_but_for_the_label_is_compared() -> None:
+    trials = [
+        make("pairs", "dense", 0, **{"loss.router_z": 0.0}),
+        make("pairs", "mixture", 0, **{"loss.router_z": 0.5}),
+        make("few", "mixture", 0, **{"loss.router_z": 0.0}),
+    ]
+    rows = [scored(trial, 0.5) for trial in trials]
+    assert comparison.compare(trials, rows, "kind", ["dense", "mixture"]) == []
+    trials[1] = make("pairs", "mixture", 0, **{"loss.router_z": 0.0})
+    there, back = comparison.compare(trials, rows, "kind", ["dense", "mixture"])
+    assert (there.where, there.case, back.case) == ("pairs loss.router_z=0.0", "mixture", "dense")
+
+
+@pytest.mark.parametrize(
+    ("label", "baselines", "message"),
+    [
+        ("kin", ["dense"], "compare.label = 'kin': it must be bed or kind"),
+        ("kind", ["standard"], "compare.baselines = 'standard': it must be dense or mixture"),
+    ],
+)
+def test_a_comparison_with_what_is_not_there_is_refused(label: str, baselines: list[str], message: str) -> None:
+    trials = [make("few", kind, 0) for kind in CASES]
+    comparison.check("kind", ["dense"], trials)
+    with pytest.raises(ConfigError) as caught:
+        comparison.check(label, baselines, trials)
+    assert str(caught.value) == message
+    with pytest.raises(ConfigError, match="compare.label = 'kind': it must be absent, as there are no cases"):
+        comparison.check("kind", [], [sweep.Trial(make_config(), Path("absent"))])

@@ -1,0 +1,160 @@
+from typing import Any
+
+import pytest
+
+from bvit_jax import grid as grids
+from bvit_jax import sweep
+from bvit_jax.config import resolve
+from bvit_jax.model_config import ConfigError
+from configs import digits
+
+
+def base() -> dict[str, Any]:
+    raw = digits.get_config("butterfly,4").to_dict()
+    raw["total_steps"] = 200
+    raw["optimizer"]["warmup_steps"] = 2
+    return raw
+
+
+def shorthand(trials: list[sweep.Trial]) -> list[tuple[Any, ...]]:
+    models = [trial.config.model for trial in trials]
+    return [(t.config.seed, m.family, m.num_experts, m.form) for t, m in zip(trials, models, strict=True)]
+
+
+def test_a_grid_is_the_product_of_its_leaves_seed_by_seed(tmp_path):
+    grid = {"model": {"family": ("standard", "butterfly"), "num_experts": (4, 8)}, "seed": [1, 0]}
+    kinds = [("standard", 4), ("standard", 8), ("butterfly", 4), ("butterfly", 8)]
+    found = grids.expand(base(), grid, tmp_path)
+    assert shorthand(found) == [(seed, *kind, "separate") for seed in (0, 1) for kind in kinds]
+
+
+def test_trials_are_the_base_but_for_the_grid(tmp_path):
+    [trial] = grids.expand(base(), {"optimizer": {"learning_rate": (0.5,)}}, tmp_path)
+    raw = base()
+    raw["optimizer"]["learning_rate"] = 0.5
+    assert trial.config == resolve(raw)
+    assert trial.directory == tmp_path / "trials" / trial.config.digest()
+
+
+def test_an_empty_grid_is_the_base_itself(tmp_path):
+    [trial] = grids.expand(base(), {}, tmp_path)
+    assert trial.config == resolve(base())
+    assert trial.settings == ""
+
+
+def test_combinations_that_mean_the_same_model_are_one_trial(tmp_path):
+    grid = {
+        "model": {"family": ("dense", "standard", "butterfly"), "num_experts": (4, 8), "form": ("separate", "tied")}
+    }
+    assert shorthand(grids.expand(base(), grid, tmp_path)) == [
+        (0, "dense", 1, "separate"),
+        (0, "standard", 4, "separate"),
+        (0, "standard", 8, "separate"),
+        *[(0, "butterfly", experts, form) for experts in (4, 8) for form in ("separate", "tied")],
+    ]
+
+
+def test_a_single_expert_is_selected_alone_unless_the_grid_says_otherwise(tmp_path):
+    trials = grids.expand(base(), {"model": {"num_experts": (1, 4)}}, tmp_path)
+    assert [(t.config.model.num_experts, t.config.model.top_k) for t in trials] == [(1, 1), (4, 2)]
+    trials = grids.expand(base(), {"model": {"num_experts": (4,), "top_k": (1, 3)}}, tmp_path)
+    assert [trial.config.model.top_k for trial in trials] == [1, 3]
+
+
+def test_expanding_leaves_base_and_disk_alone(tmp_path):
+    raw = base()
+    trials = grids.expand(raw, {"model": {"num_experts": (8, 16)}}, tmp_path / "new")
+    assert raw == base()
+    assert len({trial.directory for trial in trials}) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_settings_say_what_the_grid_set_beyond_the_usual(tmp_path):
+    grid = {
+        "seed": (0,),
+        "model": {"family": ("butterfly", "dense"), "num_stages": (3,)},
+        "loss": {"router_z": (0, 0.5)},
+    }
+    assert [trial.settings for trial in grids.expand(base(), grid, tmp_path)] == [
+        "model.num_stages=3 loss.router_z=0.0",
+        "model.num_stages=3 loss.router_z=0.5",
+        "model.num_stages=1 loss.router_z=0.0",  # dense models have no stages: the neutral value
+        "model.num_stages=1 loss.router_z=0.5",
+    ]
+
+
+def test_settings_name_variants(tmp_path):
+    [trial] = grids.expand(base(), {"model": {"variant": ("tiny",)}}, tmp_path)
+    assert trial.settings == "model.variant=tiny"
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"seed": 3}, "grid.seed = 3: it must be a non-empty sequence of values"),
+        ({"seed": ()}, "grid.seed = (): it must be a non-empty sequence of values"),
+        ({"seed": None}, "grid.seed = None: it must be a non-empty sequence of values"),
+        ({"model": {"family": "dense"}}, "grid.model.family = 'dense': it must be a non-empty sequence of values"),
+        ({"modle": {"family": ("dense",)}}, "grid.modle.family = 'dense': it must be of a section that the base has"),
+        ({"seed": {"model": (1,)}}, "grid.seed.model = 1: it must be of a section that the base has"),
+        ({"model": {"expert": (4,)}}, "grid.model.expert = 4: it must be of a field that the base has"),
+        ({"seeds": (0, 1)}, "grid.seeds = 0: it must be of a field that the base has"),
+        ({"model": {"num_experts": (1,), "top_k": (2,)}}, "model.top_k = 2: it must be at most num_experts = 1"),
+        ({"model": {"num_experts": (4, 0)}}, "model.num_experts = 0: it must be at least 1"),
+        ({"seed": (0, "1")}, "seed = '1': it must be an integer"),
+    ],
+)
+def test_a_bad_grid_is_reported_before_anything_is_written(tmp_path, grid, message):
+    with pytest.raises(ConfigError) as caught:
+        grids.expand(base(), grid, tmp_path / "new")
+    assert str(caught.value) == message
+    assert not (tmp_path / "new").exists()
+
+
+CASES: list[grids.Case] = [
+    ({"bed": "small", "kind": "dense"}, {"model": {"family": "dense", "d_ff": 32}}),
+    ({"bed": "small", "kind": "butterfly"}, {"optimizer": {"learning_rate": 0.01}}),
+]
+
+
+def test_a_grid_is_run_in_every_case(tmp_path):
+    found = grids.expand(base(), {"seed": (0, 1), "loss": {"router_z": (0.5,)}}, tmp_path, CASES)
+    assert [(t.config.seed, t.labels["kind"], t.config.model.family, t.config.model.d_ff) for t in found] == [
+        (seed, *kind) for seed in (0, 1) for kind in (("dense", "dense", 32), ("butterfly", "butterfly", 128))
+    ]
+    assert [trial.config.optimizer.learning_rate for trial in found[:2]] == [0.003, 0.01]
+    assert [trial.settings for trial in found[:2]] == [
+        "small dense loss.router_z=0.5",
+        "small butterfly loss.router_z=0.5",
+    ]
+    assert found[0].chosen == {"seed": 0, "loss.router_z": 0.5}
+
+
+def test_a_case_may_change_the_data_and_the_grid_outweighs_a_case(tmp_path):
+    fields = {"data": {"name": "procedural", "image_size": 8, "channels": 1, "num_classes": 2, "num_train": 4}}
+    fields["data"] |= {"num_validation": 2, "num_test": 2, "seed": 1}
+    case = ({"bed": "gratings"}, fields | {"model": {"num_experts": 8}})
+    [trial] = grids.expand(base(), {"model": {"num_experts": (16,)}}, tmp_path, [case])
+    assert (trial.config.data.name, trial.config.data.num_train, trial.config.model.num_experts) == (
+        *("procedural", 4, 16),
+    )
+
+
+@pytest.mark.parametrize(
+    ("cases", "message"),
+    [
+        ([], "cases = []: it must be pairs of labels and fields"),
+        (["dense"], "cases = 'dense': it must be pairs of labels and fields"),
+        ([({"kind": "a"}, {}), ({"kind": "a"}, {})], "cases = {'kind': 'a'}: it must be of labels that no other case"),
+        (
+            [({"kind": "a"}, {}), ({"bed": "a"}, {})],
+            "cases = {'bed': 'a'}: it must be with the labels of the others",
+        ),
+        ([({"kind": "a"}, {"seeds": 1})], "cases.seeds = 1: it must be of a field that the base has"),
+        ([({"kind": "a"}, {"model": {"experts": 1}})], "cases.model.experts = 1: it must be of a field that the base"),
+    ],
+)
+def test_bad_cases_are_reported(tmp_path, cases, message):
+    with pytest.raises(ConfigError) as caught:
+        grids.expand(base(), {}, tmp_path, cases)
+    assert str(caught.value).startswith(message)
