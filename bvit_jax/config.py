@@ -147,7 +147,8 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     """Builds a `Config` from nested mappings as found in `configs/`.
 
     `raw["model"]` names a `variant` (`bvit_jax.model_config.VARIANTS`); a field of its shape that is present and not
-    None replaces the variant's. Channels and classes come from the data, whose fixed properties are filled in here.
+    None replaces the variant's. Channels, classes and, where none is given, the image size come from the data, whose
+    fixed properties are filled in here.
 
     Raises:
         ConfigError: for a field that is unknown, missing, of the wrong type or impossible.
@@ -158,9 +159,8 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     variant = model.pop("variant", None)
     require(isinstance(variant, str) and variant in VARIANTS, "model.variant", variant, " or ".join(VARIANTS))
     shape_fields = [field.name for field in dataclasses.fields(VitShape)]
-    shape = dataclasses.asdict(VARIANTS[variant]) | {
-        name: model.pop(name) for name in shape_fields if model.get(name) is not None
-    }
+    given = {name: model[name] for name in shape_fields if model.get(name) is not None}
+    shape = dataclasses.asdict(VARIANTS[variant]) | {"image_size": data.image_size} | given
     model = {name: value for name, value in model.items() if name not in shape_fields}
     derived = {"channels": data.channels, "num_classes": data.num_classes}
     built = {

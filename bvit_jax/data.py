@@ -4,12 +4,12 @@ Axes: B batch, n images, H and W pixels, c channels.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import numpy as np
 
-from bvit_jax import drawn, prepared
+from bvit_jax import beds, drawn, prepared
 from bvit_jax.batches import PADDING, Batch, EvalPlan, Plan, TrainPlan
 from bvit_jax.data_config import EMBEDDED, DataConfig
 from bvit_jax.model_config import require
@@ -119,12 +119,26 @@ def _prepared(config: DataConfig, name: SplitName, found: prepared.PreparedSet) 
 
 
 def _embedded(config: DataConfig) -> dict[SplitName, Split]:
-    images, labels = drawn.digits() if config.name == "digits" else drawn.gratings(config)
+    parts = _MAKERS[config.name](config)
+    return {name: Split(*part) for name, part in zip(get_args(SplitName), parts, strict=True)}
+
+
+def _dealt(config: DataConfig, images: np.ndarray, labels: np.ndarray) -> list[beds.Labelled]:
     sizes = (config.num_train, config.num_validation, config.num_test)
     if sum(sizes) != len(labels):
         raise ValueError(f"splits of {sizes} images do not add up to the {len(labels)} of {config.name}")
     parts = np.split(_order(config, len(labels)), np.cumsum(sizes)[:-1])
-    return {name: Split(images[part], labels[part]) for name, part in zip(get_args(SplitName), parts, strict=True)}
+    return [(images[part], labels[part]) for part in parts]
+
+
+_MAKERS: dict[str, Callable[[DataConfig], list[beds.Labelled]]] = {
+    "digits": lambda config: _dealt(config, *drawn.digits()),
+    "procedural": lambda config: _dealt(config, *drawn.gratings(config)),
+    "few_digits": beds.few_digits,
+    "digit_pairs": beds.digit_pairs,
+    "photo_patches": beds.photo_patches,
+}
+"""Of each embedded set, what makes its training, validation and test images."""
 
 
 def _order(config: DataConfig, count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from bvit_jax.model_config import require, require_choice
 
 Reading = Literal["memory", "stream"]
 Crop = Literal["shift", "resized"]
-EMBEDDED = ("digits", "procedural")
+EMBEDDED = ("digits", "procedural", "few_digits", "digit_pairs", "photo_patches")
 """Sets that need no file; every other name is a data set of tensorflow-datasets."""
 _PREPARED_NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-zA-Z0-9_.-]+)?(:\d+\.\d+\.\d+)?")
 _FIXED: dict[str, dict[str, Any]] = {
@@ -16,10 +16,25 @@ _FIXED: dict[str, dict[str, Any]] = {
         **{"image_size": 8, "channels": 1, "num_classes": 10},
         **{"num_train": 1200, "num_validation": 197, "num_test": 400, "seed": 0},
     },
+    "few_digits": {"image_size": 8, "channels": 1, "num_classes": 10, "num_validation": 197, "num_test": 600},
+    "digit_pairs": {"image_size": 32, "channels": 1, "num_classes": 100, "num_validation": 500, "num_test": 2000},
+    "photo_patches": {"image_size": 16, "channels": 1, "num_classes": 12, "num_validation": 504, "num_test": 2004},
     "cifar10": {"image_size": 32, "channels": 3, "num_classes": 10, "stored_size": 32, "test_split": "test"},
     "cifar100": {"image_size": 32, "channels": 3, "num_classes": 100, "stored_size": 32, "test_split": "test"},
 }
 """Properties of some sets, by name."""
+_DEFAULT: dict[str, dict[str, Any]] = {
+    "few_digits": {"num_train": 300, "seed": 0},
+    "digit_pairs": {"num_train": 4000, "seed": 0},
+    "photo_patches": {"num_train": 3996, "seed": 0},
+}
+"""What of a test bed is free, and its value where a configuration leaves it out."""
+TRAIN_SIZES = {
+    "few_digits": range(100, 1001, 10),
+    "digit_pairs": range(100, 100_001, 100),
+    "photo_patches": range(12, 24_001, 12),
+}
+"""Possible numbers of training images of a test bed: equally many of each class."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +42,19 @@ class DataConfig:
     """A set of square images and its splits.
 
     Attributes:
-        name: `digits` (scikit-learn's, embedded), `procedural` (drawn from the seed, any size), or a data set of
-            tensorflow-datasets, prepared as ArrayRecord: NAME, NAME/CONFIG, and :VERSION behind it if not the newest.
+        name: `digits` (scikit-learn's, embedded), `procedural` (drawn from the seed, any size), a test bed (embedded,
+            see `bvit_jax.beds`): `few_digits`, `digit_pairs` or `photo_patches`; or a data set of tensorflow-datasets,
+            prepared as ArrayRecord: NAME, NAME/CONFIG, and :VERSION behind it if not the newest.
         reading: `memory` keeps all images of a split there, decoded; `stream` decodes them as they are needed.
         test_split: the prepared set's split to test on; training and validation are taken from its split `train`.
         stored_size: pixels a side as the device is given them; an image of another size has its shorter side brought to
             this and is cut to the square in the middle.
         image_size: pixels a side as the model sees them, `stored_size` at most.
         channels: 1 or 3 of a prepared set.
-        num_classes, num_train, num_validation, num_test: a prepared set may hold more images than are used.
-        seed: of the split into training and validation and, of `procedural`, of the images.
+        num_classes, num_train, num_validation, num_test: a prepared set may hold more images than are used; of a test
+            bed only `num_train` is free, with as many images of each class: a multiple of 10, 100 to 1,000
+            (`few_digits`), of 100 to 100,000 (`digit_pairs`) or of 12 to 24,000 (`photo_patches`).
+        seed: of the split into training and validation; of `procedural`, of the images; of a test bed, of everything.
     """
 
     name: str
@@ -59,17 +77,24 @@ class DataConfig:
         require(self.seed >= 0, "data.seed", self.seed, "0 or more")
         large = self.stored_size >= self.image_size
         require(large, "data.stored_size", self.stored_size, f"image_size = {self.image_size} or more")
+        if self.name in TRAIN_SIZES:
+            sizes = TRAIN_SIZES[self.name]
+            right = f"a multiple of {sizes.step} from {sizes[0]} to {sizes[-1]}"
+            require(self.num_train in sizes, "data.num_train", self.num_train, right)
         if self.name not in EMBEDDED:
             require_choice("data.channels", self.channels, (1, 3))
             require(bool(self.test_split), "data.test_split", self.test_split, "the name of a split, such as test")
 
 
 def with_fixed(data: dict[str, Any]) -> dict[str, Any]:
-    """Fills in what a set fixes, so that equal data have equal configurations.
+    """Fills in what a set fixes, so that equal data have equal configurations, and what a test bed has by default.
+
+    A field that is None is as one that is left out.
 
     Raises:
         ConfigError: for a field with another value, or an impossible name.
     """
+    data = {field: value for field, value in data.items() if value is not None}
     name = data.get("name")
     _require_name(name)
     fixed = dict(_FIXED.get(str(name).partition(":")[0], {}))
@@ -78,7 +103,7 @@ def with_fixed(data: dict[str, Any]) -> dict[str, Any]:
         fixed |= {"reading": "memory", "test_split": "test", "stored_size": size}
     for field, value in fixed.items():
         require(data.get(field, value) == value, f"data.{field}", data.get(field), f"{value}, which {name} fixes")
-    return data | fixed
+    return _DEFAULT.get(str(name), {}) | data | fixed
 
 
 def _require_name(name: object) -> None:

@@ -44,6 +44,9 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     config.data = ml_collections.ConfigDict(
         {
             "name": "digits",
+            # Of a set that leaves them free, such as the test beds.
+            "num_train": config_dict.placeholder(int),
+            "seed": config_dict.placeholder(int),
         }
     )
     config.augment = ml_collections.ConfigDict(

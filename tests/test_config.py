@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import configs
 from bvit_jax.config import Config, LossConfig, OptimizerConfig, from_dict, resolve
-from bvit_jax.data_config import AugmentConfig, DataConfig
+from bvit_jax.data_config import EMBEDDED, AugmentConfig, DataConfig
 from bvit_jax.model_config import ConfigError, Family, ModelConfig
 from configs import cifar10, cifar100, digits, imagenet_s16, paper
 from tests.conftest import make_config
@@ -158,8 +158,8 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("loss.load_balance", -0.01, "0 or more"),
         ("loss.router_z", -0.01, "0 or more"),
         ("loss.smoothness", -0.01, "0 or more"),
-        ("data.name", "CIFAR-100", "digits, procedural or a data set's name such as cifar100"),
-        ("data.name", "cifar100:newest", "digits, procedural or a data set's name such as cifar100"),
+        ("data.name", "CIFAR-100", f"{', '.join(EMBEDDED)} or a data set's name such as cifar100"),
+        ("data.name", "cifar100:newest", f"{', '.join(EMBEDDED)} or a data set's name such as cifar100"),
         ("augment.crop", "centre", "shift or resized"),
         ("augment.max_shift", -1, "0 or more"),
         ("augment.max_shift", 8, "under image_size = 8"),
@@ -518,6 +518,17 @@ def test_what_cifar_fixes_need_not_be_given_and_cannot_be_changed():
     raw["data"]["num_classes"] = 10
     with pytest.raises(ConfigError, match=r"^data\.num_classes = 10: it must be 100, which cifar100 fixes$"):
         resolve(raw)
+
+
+def test_the_model_sees_the_images_of_the_data_whatever_its_variant():
+    raw = raw_config(PROCEDURAL | {"image_size": 16}, model__variant="small")
+    assert resolve(raw).model.image_size == 16
+
+
+def test_a_field_of_the_data_that_is_none_is_as_one_left_out():
+    assert resolve(raw_config(PROCEDURAL | {"stored_size": None})) == resolve(raw_config(PROCEDURAL))
+    with pytest.raises(ConfigError, match=r"^missing configuration field: data\.num_train$"):
+        resolve(raw_config(PROCEDURAL | {"num_train": None}))
 
 
 def test_a_version_of_cifar_is_cifar():
