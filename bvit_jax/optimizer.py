@@ -31,7 +31,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     A component's multiplier scales its whole update, decay included, as a learning rate of its own would.
     """
     multipliers: dict[components.Component, float] = {
-        "prototype": config.prototype_multiplier,
+        "prototype": config.expert_multiplier,
+        "experts": config.expert_multiplier,
         "angles": config.angle_multiplier,
         "router": config.router_multiplier,
     }

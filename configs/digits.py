@@ -97,7 +97,7 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "weight_decay": 0.1,
             "clip_norm": 1.0,
             "ema_decay": 0.0,
-            "prototype_multiplier": 3.0,
+            "expert_multiplier": config_dict.placeholder(float),  # the family's own where it is not set
             "angle_multiplier": 1.0,
             "router_multiplier": 1.0,
         }
