@@ -15,6 +15,8 @@ from bvit_jax.model_config import VARIANTS, ConfigError, Family, Form, ModelConf
 LARGEST_INTEGER = 2**53
 """Bound of all numbers in a configuration: up to here integers are floats too, exactly. No NaN passes it."""
 WANTED_NUMBER: dict[type, str] = {int: "an integer", float: "a finite number"}
+EXPERT_MULTIPLIERS: dict[Family, float] = {"dense": 1.0, "standard": 1.0, "ternary": 3.0, "butterfly": 3.0}
+"""What `OptimizerConfig.expert_multiplier` is where a configuration leaves it None: a sweep varies the family alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,12 @@ class OptimizerConfig:
         weight_decay: on matrices only (`bvit_jax.components.decay_mask`).
         clip_norm: largest global norm of the gradient.
         ema_decay: of the moving average of the parameters that is evaluated and exported in their place; 0: none is.
-        prototype_multiplier, angle_multiplier, router_multiplier: of the learning rate of these components.
+        expert_multiplier: of the learning rate of the experts' matrices, stored or prototypes (`EXPERT_MULTIPLIERS`).
+        angle_multiplier, router_multiplier: likewise, of these components.
+        angle_freeze_steps: for so many steps angles stay as they started, and for as many again their learning rate
+            rises evenly to its full value; fewer than the run has, 0: none.
+        ternary_warmup_steps: for so many steps training goes over from the floats behind ternary matrices to these
+            (`bvit_jax.ternary.approach`); fewer than the run has, 0: they are ternary from the first.
     """
 
     learning_rate: float
@@ -57,15 +64,17 @@ class OptimizerConfig:
     weight_decay: float
     clip_norm: float
     ema_decay: float
-    prototype_multiplier: float
+    expert_multiplier: float
     angle_multiplier: float
     router_multiplier: float
+    angle_freeze_steps: int
+    ternary_warmup_steps: int
 
     def __post_init__(self) -> None:
         for field in ("learning_rate", "clip_norm"):
             require(getattr(self, field) > 0, f"optimizer.{field}", getattr(self, field), "above 0")
-        multipliers = ("prototype_multiplier", "angle_multiplier", "router_multiplier")
-        for field in ("warmup_steps", "weight_decay", *multipliers):
+        multipliers = ("expert_multiplier", "angle_multiplier", "router_multiplier")
+        for field in ("warmup_steps", "weight_decay", *multipliers, "angle_freeze_steps", "ternary_warmup_steps"):
             require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "0 or more")
         peak, final = self.learning_rate, self.final_learning_rate
         require(0 <= final <= peak, "optimizer.final_learning_rate", final, f"0 to learning_rate = {peak}")
@@ -105,8 +114,9 @@ class Config:
             require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
         for field in ("keep_every", "max_skipped_steps"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
-        warmup = self.optimizer.warmup_steps
-        require(warmup < self.total_steps, "optimizer.warmup_steps", warmup, f"under total_steps = {self.total_steps}")
+        for field in ("warmup_steps", "angle_freeze_steps", "ternary_warmup_steps"):
+            steps = getattr(self.optimizer, field)
+            require(steps < self.total_steps, f"optimizer.{field}", steps, f"under total_steps = {self.total_steps}")
         require(
             self.model.image_size == self.data.image_size,
             "model.image_size",
@@ -126,7 +136,18 @@ class Config:
         """Returns the same run of another kind of model with that many experts; at most so many are selected."""
         top_k = min(self.model.top_k, num_experts)
         model = dataclasses.replace(self.model, family=family, form=form, num_experts=num_experts, top_k=top_k)
-        return dataclasses.replace(self, model=model.canonical())
+        return dataclasses.replace(self, model=model.canonical()).canonical()
+
+    def canonical(self) -> "Config":
+        """Resets the fields that training such a model ignores, so that equal runs have equal configurations."""
+        ignored: dict[str, Any] = {}
+        if self.model.family == "dense":
+            ignored["expert_multiplier"] = 1.0
+        if self.model.family != "butterfly":
+            ignored["angle_freeze_steps"] = 0
+        if not self.model.has_ternary_experts or self.model.ternary_scale == "none":
+            ignored["ternary_warmup_steps"] = 0
+        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **ignored))
 
     def digest(self) -> str:
         """Returns 12 hexadecimal digits that name this configuration."""
@@ -148,7 +169,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
 
     `raw["model"]` names a `variant` (`bvit_jax.model_config.VARIANTS`); a field of its shape that is present and not
     None replaces the variant's. Channels, classes and, where none is given, the image size come from the data, whose
-    fixed properties are filled in here.
+    fixed properties are filled in here. An `expert_multiplier` of the optimiser that is None is that of the family.
 
     Raises:
         ConfigError: for a field that is unknown, missing, of the wrong type or impossible.
@@ -163,15 +184,19 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     shape = dataclasses.asdict(VARIANTS[variant]) | {"image_size": data.image_size} | given
     model = {name: value for name, value in model.items() if name not in shape_fields}
     derived = {"channels": data.channels, "num_classes": data.num_classes}
-    built = {
+    optimizer = _section(sections, "optimizer")
+    built: dict[str, Any] = {
         "data": data,
         "augment": _build(AugmentConfig, "augment", _section(sections, "augment")).canonical(),
         "model": _build(ModelConfig, "model", model | shape | derived).canonical(),
         "loss": _build(LossConfig, "loss", _section(sections, "loss")),
-        "optimizer": _build(OptimizerConfig, "optimizer", _section(sections, "optimizer")),
     }
+    if optimizer.get("expert_multiplier", 1.0) is None:
+        optimizer["expert_multiplier"] = EXPERT_MULTIPLIERS[built["model"].family]
+    built["optimizer"] = _build(OptimizerConfig, "optimizer", optimizer)
     scalars = {name: value for name, value in sections.items() if name not in built}
-    return _build(Config, "", scalars | built)
+    config: Config = _build(Config, "", scalars | built)
+    return config.canonical()
 
 
 def from_dict(stored: Mapping[str, Any]) -> Config:

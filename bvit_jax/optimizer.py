@@ -28,10 +28,12 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Builds the optimiser.
 
-    A component's multiplier scales its whole update, decay included, as a learning rate of its own would.
+    A component's multiplier scales its whole update, decay included, as a learning rate of its own would. While angles
+    are frozen, Adam's moments of them go on.
     """
     multipliers: dict[components.Component, float] = {
-        "prototype": config.prototype_multiplier,
+        "prototype": config.expert_multiplier,
+        "experts": config.expert_multiplier,
         "angles": config.angle_multiplier,
         "router": config.router_multiplier,
     }
@@ -40,8 +42,14 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         optax.scale_by_adam(),
         optax.add_decayed_weights(config.weight_decay, components.decay_mask),
         optax.scale_by_learning_rate(learning_rate(config, total_steps)),
-        *(_scale_component(component, factor) for component, factor in multipliers.items() if factor != 1),
+        *(_of_component(component, optax.scale(factor)) for component, factor in multipliers.items() if factor != 1),
+        *([_of_component("angles", _thawing(config.angle_freeze_steps))] if config.angle_freeze_steps else []),
     )
+
+
+def _thawing(steps: int) -> optax.GradientTransformation:
+    """Scales updates by 0 for so many steps, then by 1 / steps, 2 / steps and so on up to 1."""
+    return optax.scale_by_schedule(lambda done: jnp.clip((done - steps + 1) / steps, 0, 1))
 
 
 def averaged(average: Any, params: Any, decay: float, steps: jax.Array) -> Any:
@@ -61,8 +69,10 @@ def averaged(average: Any, params: Any, decay: float, steps: jax.Array) -> Any:
     return optax.incremental_update(params, average, 1 - kept)
 
 
-def _scale_component(component: components.Component, factor: float) -> optax.GradientTransformation:
+def _of_component(
+    component: components.Component, transformation: optax.GradientTransformation
+) -> optax.GradientTransformation:
     def mask(params: Any) -> Any:
         return jax.tree.map(lambda found: found == component, components.tree_of(params))
 
-    return optax.masked(optax.scale(factor), mask)
+    return optax.masked(transformation, mask)

@@ -104,9 +104,11 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "weight_decay": 0.1,
             "clip_norm": 1.0,
             "ema_decay": 0.0,
-            "prototype_multiplier": 3.0,
+            "expert_multiplier": config_dict.placeholder(float),  # the family's own where it is not set
             "angle_multiplier": 1.0,
             "router_multiplier": 1.0,
+            "angle_freeze_steps": 0,
+            "ternary_warmup_steps": 0,
         }
     )
     choose(config, argument, ("butterfly", "8", "separate"))

@@ -93,9 +93,11 @@ OTHER: dict[str, Any] = {
     "optimizer.weight_decay": 0.123,
     "optimizer.clip_norm": 0.123,
     "optimizer.ema_decay": 0.123,
-    "optimizer.prototype_multiplier": 0.123,
+    "optimizer.expert_multiplier": 0.123,
     "optimizer.angle_multiplier": 0.123,
     "optimizer.router_multiplier": 0.123,
+    "optimizer.angle_freeze_steps": 1,
+    "optimizer.ternary_warmup_steps": 1,
 }
 
 
@@ -150,9 +152,13 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("optimizer.learning_rate", 0.0, "above 0"),
         ("optimizer.clip_norm", 0.0, "above 0"),
         ("optimizer.weight_decay", -0.1, "0 or more"),
-        ("optimizer.prototype_multiplier", -1.0, "0 or more"),
+        ("optimizer.expert_multiplier", -1.0, "0 or more"),
         ("optimizer.angle_multiplier", -1.0, "0 or more"),
         ("optimizer.router_multiplier", -1.0, "0 or more"),
+        ("optimizer.angle_freeze_steps", -1, "0 or more"),
+        ("optimizer.angle_freeze_steps", 6, "under total_steps = 6"),
+        ("optimizer.ternary_warmup_steps", -1, "0 or more"),
+        ("optimizer.ternary_warmup_steps", 6, "under total_steps = 6"),
         ("loss.label_smoothing", 1.0, "0 to under 1"),
         ("loss.label_smoothing", -0.1, "0 to under 1"),
         ("loss.load_balance", -0.01, "0 or more"),
@@ -365,6 +371,46 @@ def test_dense_models_of_four_and_sixteen_experts_are_one():
     configs_ = [resolve(digits.get_config(f"dense,{experts}").to_dict()) for experts in (4, 16)]
     assert configs_[0] == configs_[1]
     assert configs_[0].digest() == configs_[1].digest()
+
+
+def multiplier(family: str, value: float | None = None) -> float:
+    raw = raw_config(model__family=family, optimizer__expert_multiplier=value)
+    return resolve(raw).optimizer.expert_multiplier
+
+
+def test_the_multiplier_of_experts_is_their_familys_unless_one_is_given():
+    usual = {"dense": 1.0, "standard": 1.0, "ternary": 3.0, "butterfly": 3.0}
+    assert {family: multiplier(family) for family in get_args(Family)} == usual
+    assert {family: multiplier(family, 2.0) for family in get_args(Family)} == dict.fromkeys(usual, 2.0) | {"dense": 1}
+    assert multiplier("standard", 0.0) == 0
+
+
+def test_a_dense_model_made_of_another_has_no_multiplier_of_experts():
+    config = changed("optimizer.expert_multiplier", 2.0)
+    assert config.with_experts("dense", "separate", 1) == changed("model.family", "dense")
+    assert config.with_experts("standard", "separate", 4).optimizer == config.optimizer
+
+
+def test_only_models_that_have_angles_can_freeze_them():
+    for family in ("dense", "standard", "ternary"):
+        frozen = resolve(raw_config(model__family=family, optimizer__angle_freeze_steps=3))
+        assert frozen == changed("model.family", family)
+    frozen = changed("optimizer.angle_freeze_steps", 3)
+    assert frozen.optimizer.angle_freeze_steps == 3
+    assert frozen.with_experts("standard", "separate", 4).optimizer.angle_freeze_steps == 0
+
+
+def test_only_models_that_are_trained_ternary_have_a_warm_up_of_it():
+    def warmed(**changes: object) -> int:
+        return resolve(raw_config(optimizer__ternary_warmup_steps=3, **changes)).optimizer.ternary_warmup_steps
+
+    assert {family: warmed(model__family=family) for family in get_args(Family)} == {
+        "dense": 0,
+        "standard": 0,
+        "ternary": 3,
+        "butterfly": 3,
+    }
+    assert warmed(model__ternary_scale="none") == 0
 
 
 def test_the_form_matters_to_butterflies_alone():

@@ -20,9 +20,11 @@ PLAIN = OptimizerConfig(
     weight_decay=0.0,
     clip_norm=1e9,
     ema_decay=0.0,
-    prototype_multiplier=1.0,
+    expert_multiplier=1.0,
     angle_multiplier=1.0,
     router_multiplier=1.0,
+    angle_freeze_steps=0,
+    ternary_warmup_steps=0,
 )
 BACKBONE_MATRICES = {
     "head/kernel",
@@ -112,12 +114,12 @@ def test_decay_is_for_the_matrices_exactly(family, form):
 @pytest.mark.parametrize(("family", "form"), KINDS)
 def test_decay_shrinks_nothing_but_the_matrices(family, form):
     params = random_tree(shapes(family, form), 0)
-    config = dataclasses.replace(PLAIN, weight_decay=0.5, prototype_multiplier=3.0)
+    config = dataclasses.replace(PLAIN, weight_decay=0.5, expert_multiplier=3.0)
     zero = jax.tree.map(jnp.zeros_like, params)
     [found] = updates(config, params, [zero])
     mask, before = by_path(components.decay_mask(params)), by_path(params)
     for path, update in found.items():
-        factor = 3 if path.endswith("prototype") else 1
+        factor = 3 if components.component_of(path) in ("prototype", "experts") else 1
         expected = -0.01 * 0.5 * factor * before[path] if mask[path] else 0 * before[path]
         np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-9, err_msg=path)
 
@@ -183,11 +185,17 @@ def test_an_unknown_path_is_an_error(path):
 
 
 @pytest.mark.parametrize(
-    ("field", "component"),
-    [("prototype_multiplier", "prototype"), ("angle_multiplier", "angles"), ("router_multiplier", "router")],
+    ("family", "field", "component"),
+    [
+        ("butterfly", "expert_multiplier", "prototype"),
+        ("standard", "expert_multiplier", "experts"),
+        ("ternary", "expert_multiplier", "experts"),
+        ("butterfly", "angle_multiplier", "angles"),
+        ("butterfly", "router_multiplier", "router"),
+    ],
 )
-def test_a_multiplier_scales_the_updates_of_its_component_alone(field, component):
-    tree = shapes("butterfly", "separate")
+def test_a_multiplier_scales_the_updates_of_its_component_alone(family, field, component):
+    tree = shapes(family, "separate")
     params, gradients = random_tree(tree, 0), [random_tree(tree, seed) for seed in (1, 2)]
     base = dataclasses.replace(PLAIN, weight_decay=0.1)
     plain = updates(base, params, gradients)
@@ -202,11 +210,25 @@ def test_a_multiplier_scales_the_updates_of_its_component_alone(field, component
                 assert not still[step][path].any()
 
 
+def test_angles_are_frozen_then_thaw_evenly_and_nothing_else_is():
+    # Two steps of nothing, then a half and the whole: Adam's moments are those of a run that was never frozen.
+    tree = shapes("butterfly", "separate")
+    params, gradients = random_tree(tree, 0), [random_tree(tree, seed) for seed in range(1, 6)]
+    base = dataclasses.replace(PLAIN, weight_decay=0.1, angle_multiplier=3.0)
+    plain = updates(base, params, gradients)
+    found = updates(dataclasses.replace(base, angle_freeze_steps=2), params, gradients)
+    for step, factor in enumerate((0, 0, 0.5, 1, 1)):
+        for path, update in plain[step].items():
+            here = factor if components.component_of(path) == "angles" else 1
+            np.testing.assert_allclose(found[step][path], here * update, rtol=1e-6, err_msg=path)
+            assert np.abs(update).max() > 0
+
+
 def test_multipliers_act_together():
     tree = shapes("butterfly", "tied")
     params, gradient = random_tree(tree, 0), random_tree(tree, 1)
     factors = {"prototype": 2.0, "angles": 5.0, "router": 7.0}
-    config = dataclasses.replace(PLAIN, prototype_multiplier=2.0, angle_multiplier=5.0, router_multiplier=7.0)
+    config = dataclasses.replace(PLAIN, expert_multiplier=2.0, angle_multiplier=5.0, router_multiplier=7.0)
     [plain], [scaled] = updates(PLAIN, params, [gradient]), updates(config, params, [gradient])
     for path, update in plain.items():
         factor = factors.get(components.component_of(path), 1.0)
