@@ -1,0 +1,33 @@
+"""What rotated experts are made of: form, sides, depth and order of rotations, angles' bits, ternary or not.
+
+Command:   python -m experiments.sweep --config=configs/ablation_rotations.py
+Hardware:  2 CPU cores
+Time:      not yet run
+Result:    not yet run
+"""
+
+import ml_collections
+
+from configs import test_beds
+
+VARIANTS: test_beds.Alternatives = {
+    "base": {},
+    "1 stage": {"model": {"num_stages": 1}},
+    "4 stages": {"model": {"num_stages": 4}},
+    "full depth": {"model": {"num_stages": 7}},
+    "ascending": {"model": {"stride_order": "ascending"}},
+    "outer": {"model": {"rotations": "outer"}},
+    "outer, full depth": {"model": {"rotations": "outer", "num_stages": 6}},
+    "tied": {"model": {"form": "tied"}},
+    "tied, outer": {"model": {"form": "tied", "rotations": "outer"}},
+    "reference": {"model": {"form": "reference"}},
+    "8-bit angles": {"model": {"angle_bits": 8}},
+    "4-bit angles": {"model": {"angle_bits": 4}},
+    "one scale": {"model": {"ternary_scale": "tensor"}},
+    "float prototypes": {"model": {"ternary_scale": "none"}},
+}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the study; sections as in `configs.ablation_training`."""
+    return test_beds.study(VARIANTS, test_beds.of("digit_pairs", "photo_patches"), seeds=3)

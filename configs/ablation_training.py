@@ -1,0 +1,34 @@
+"""How rotated experts are best trained: start and learning rates of angles and prototypes, warm-up, decay.
+
+Command:   python -m experiments.sweep --config=configs/ablation_training.py
+Hardware:  2 CPU cores
+Time:      not yet run
+Result:    not yet run
+"""
+
+import math
+
+import ml_collections
+
+from configs import test_beds
+
+VARIANTS: test_beds.Alternatives = {
+    "base": {},
+    "angles start at 0": {"model": {"angle_init": 0.0}},
+    "angles start in 0.02": {"model": {"angle_init": 0.02}},
+    "angles start in 0.5": {"model": {"angle_init": 0.5}},
+    "angles start in pi": {"model": {"angle_init": math.pi}},
+    "angle rate x 0.01": {"optimizer": {"angle_multiplier": 0.01}},
+    "angle rate x 0.1": {"optimizer": {"angle_multiplier": 0.1}},
+    "angle rate x 3": {"optimizer": {"angle_multiplier": 3.0}},
+    "angles frozen at first": {"optimizer": {"angle_freeze_steps": 250}},
+    "prototype rate x 1": {"optimizer": {"expert_multiplier": 1.0}},
+    "prototype rate x 10": {"optimizer": {"expert_multiplier": 10.0}},
+    "ternary by and by": {"optimizer": {"ternary_warmup_steps": 500}},
+    "no weight decay": {"optimizer": {"weight_decay": 0.0}},
+}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the study; sections as in `configs.sweep_digits`, and `cases`, `compare`."""
+    return test_beds.study(VARIANTS, test_beds.of("digit_pairs", "photo_patches"), seeds=3)
