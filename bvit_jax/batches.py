@@ -69,7 +69,24 @@ class EvalPlan:
         return np.where(places < self.num_images, places, PADDING)
 
 
-Plan = TrainPlan | EvalPlan
+@dataclasses.dataclass(frozen=True)
+class SpreadPlan:
+    """One batch, of images spread evenly over a split; of a smaller split some come more than once.
+
+    Attributes:
+        num_images, batch_size, rows: as in `TrainPlan`.
+    """
+
+    num_images: int
+    batch_size: int
+    rows: np.ndarray
+
+    def __call__(self, number: int) -> np.ndarray:
+        del number
+        return self.rows * self.num_images // self.batch_size
+
+
+Plan = TrainPlan | EvalPlan | SpreadPlan
 
 
 def batch_indices(num_images: int, batch_size: int, seed: int, step: int) -> np.ndarray:

@@ -10,6 +10,7 @@ Axes: B batch, T tokens, D d_model, F d_ff, E experts, K experts selected per to
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,17 +89,7 @@ class StandardMoe(nn.Module):
             name: self.param(name, sharding.named(init, *axes), tuple(sizes[axis] for axis in axes))
             for name, (init, axes) in _STORED.items()
         }
-        # Rounded before they are split over devices: a scale is that of all inputs, wherever these are.
-        params |= {name: _rounded(c, params[name]) for name in ("up_kernel", "down_kernel")}
-        params = {name: leaf.astype(c.compute_dtype) for name, leaf in params.items()}
-        x_BxTxD, expert_BxTxK = x_BxTxD.astype(c.compute_dtype), routed.experts_BxTxK
-        mesh = sharding.active_mesh()
-        if mesh is None:
-            y_NxD = _stored_experts(params, _rows(x_BxTxD, c.top_k), expert_BxTxK.reshape(-1))
-            y_BxTxKxD = y_NxD.reshape(*expert_BxTxK.shape, c.d_model)
-        else:
-            y_BxTxKxD = _on_mesh(mesh, params, x_BxTxD, expert_BxTxK)
-        return _combine(y_BxTxKxD, routed), report
+        return _combine(_apply_stored(c, params, x_BxTxD, routed.experts_BxTxK), routed), report
 
 
 _STORED: dict[str, tuple[nn.initializers.Initializer, tuple[str, ...]]] = {
@@ -108,6 +99,21 @@ _STORED: dict[str, tuple[nn.initializers.Initializer, tuple[str, ...]]] = {
     "down_bias": (_zeros, ("experts", "embed")),
 }
 """Parameters of stored experts: how they start, and their axes."""
+
+
+def _apply_stored(
+    config: ModelConfig, params: dict[str, jax.Array], x_BxTxD: jax.Array, expert_BxTxK: jax.Array
+) -> jax.Array:
+    """Returns the output of each choice's stored expert, (B, T, K, D); parameters as they are trained."""
+    # Rounded before they are split over devices: a scale is that of all inputs, wherever these are.
+    params = params | {name: _rounded(config, params[name]) for name in ("up_kernel", "down_kernel")}
+    params = {name: leaf.astype(config.compute_dtype) for name, leaf in params.items()}
+    x_BxTxD = x_BxTxD.astype(config.compute_dtype)
+    mesh = sharding.active_mesh()
+    if mesh is not None:
+        return _on_mesh(mesh, params, x_BxTxD, expert_BxTxK)
+    y_NxD = _stored_experts(params, _rows(x_BxTxD, expert_BxTxK.shape[-1]), expert_BxTxK.reshape(-1))
+    return y_NxD.reshape(*expert_BxTxK.shape, config.d_model)
 
 
 def _on_mesh(
@@ -199,21 +205,19 @@ class ButterflyMoe(nn.Module):
         return y_BxTxF, report
 
     def _parameter(self, name: str, sides: str) -> jax.Array:
-        """Makes a parameter of the sides in `sides` (D or F), rounded as the exported file will hold it."""
+        """Makes a parameter of the sides in `sides` (D or F), as it is used."""
         c = self.config
         shape = tuple({"D": c.d_model, "F": c.d_ff}[side] for side in sides)
         if name.endswith("angles"):
             init = sharding.named(_uniform(c.angle_init), "rotations", "angles")
             shape = (c.num_experts, butterfly.num_angles(rotated.stages_of(c, sides)) // c.angle_group)
-            angles_ExG = packing.quantise_angles(self.param(name, init, shape), c.angle_bits)
-            return jnp.repeat(angles_ExG, c.angle_group, axis=-1) if c.angle_group > 1 else angles_ExG
-        if name.endswith("bias"):
-            return self.param(name, sharding.named(_zeros, "outputs"), shape).astype(c.compute_dtype)
-        if c.num_prototypes > 1:
-            init = sharding.named(_expert_init, "prototypes", "inputs", "outputs")
-            return _rounded(c, self.param(name, init, (c.num_prototypes, *shape))).astype(c.compute_dtype)
-        weights_IxO = self.param(name, sharding.named(_kernel_init, "inputs", "outputs"), shape)
-        return _rounded(c, weights_IxO).astype(c.compute_dtype)
+        elif name.endswith("bias"):
+            init = sharding.named(_zeros, "outputs")
+        elif c.num_prototypes > 1:
+            init, shape = sharding.named(_expert_init, "prototypes", "inputs", "outputs"), (c.num_prototypes, *shape)
+        else:
+            init = sharding.named(_kernel_init, "inputs", "outputs")
+        return _as_used(c, name, self.param(name, init, shape))
 
 
 _ROTATED: dict[str, dict[str, str]] = {
@@ -255,6 +259,44 @@ def _rotated_experts(
         total = jnp.where(mine, y_BxTxKxF, 0 if total is None else total)
     assert total is not None
     return total
+
+
+def _as_used(config: ModelConfig, name: str, leaf: jax.Array) -> jax.Array:
+    """Rounds a parameter of rotated experts as the exported file will hold it; biases are not rounded here."""
+    if name.endswith("angles"):
+        angles_ExG = packing.quantise_angles(leaf, config.angle_bits)
+        return jnp.repeat(angles_ExG, config.angle_group, axis=-1) if config.angle_group > 1 else angles_ExG
+    return (leaf if name.endswith("bias") else _rounded(config, leaf)).astype(config.compute_dtype)
+
+
+def expert_outputs(config: ModelConfig, params: Any, x_BxTxD: jax.Array) -> jax.Array:
+    """Applies all experts of a mixture to each token, whatever the router says, by the programs of the layer itself.
+
+    A final bias that all experts share (`down_bias` of `separate` and `tied`, that of the projection of `reference`) is
+    left out: what remains is an expert's own. Stored experts have biases of their own, which stay.
+
+    Args:
+        config: of the model.
+        params: of the layer, as trained.
+        x_BxTxD: its inputs; on a mesh, B must divide over the devices.
+
+    Returns:
+        (B, T, E, D), of `config.compute_dtype`, before any gate.
+    """
+    every = dataclasses.replace(config, top_k=config.num_experts)
+    expert_BxTxE = jnp.broadcast_to(
+        jnp.arange(config.num_experts, dtype=jnp.int32), (*x_BxTxD.shape[:2], config.num_experts)
+    )
+    if config.stores_experts:
+        return _apply_stored(every, {name: params[name] for name in _STORED}, x_BxTxD, expert_BxTxE)
+    used = {name: _as_used(config, name, params[name]) for name in rotated_params(config)}
+    if config.form != "reference":
+        used["down_bias"] = jnp.zeros_like(used["down_bias"])
+    x_BxTxD = sharding.constrain(x_BxTxD, "rotated_batch", "tokens", "embed").astype(config.compute_dtype)
+    y_BxTxExF = _in_each_shard(functools.partial(_rotated_experts, every), used, x_BxTxD, expert_BxTxE)
+    if config.form != "reference":
+        return y_BxTxExF
+    return y_BxTxExF @ params["projection"]["kernel"].astype(config.compute_dtype)
 
 
 def _in_each_shard(

@@ -31,6 +31,7 @@ from bvit_jax import (
     device_memory,
     digests,
     evaluate,
+    expert_use,
     files,
     memory,
     metrics,
@@ -72,8 +73,9 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
         The content of `result.json`: config_digest, seed, steps, best_step, params_digest (of the best checkpoint's
         parameters, equal for equal bits), test_accuracy, test_nll, validation_accuracy, validation_nll, params, the
         evaluation of the routers, ternary statistics, warnings about experts, skipped_steps, under `memory` the bytes
-        on a device of parameters and optimiser, and under `timing`, which differs from run to run, images_per_second,
-        wall_seconds, and the peak of bytes on a device where the backend tells it.
+        on a device of parameters and optimiser, under `experts`, if there are any, whether they differ and are used
+        (`expert_use.ExpertUse`), and under `timing`, which differs from run to run, images_per_second, wall_seconds,
+        and the peak of bytes on a device where the backend tells it.
 
     Raises:
         ConfigError: if the directory cannot be written to, holds something else or is in use by another process, if
@@ -312,7 +314,7 @@ class _Run:
             "warnings": sentinels.expert_warnings(found.load_MxE),
             "skipped_steps": self.skipped,
             "memory": state_bytes,
-        }
+        } | self._experts(state.evaluated, found)
         writer.wait()  # a result says that the run is complete
         log.metrics(config.total_steps, "test", found.to_dict())
         log.timing(config.total_steps, self.clock.lap(config.total_steps))
@@ -320,6 +322,13 @@ class _Run:
         shown = f"test accuracy {found.accuracy:.4f}  nll {found.nll:.4f}"
         self.journal.say(f"{shown}  (step {best['step']}, best on validation)")
         return result
+
+    def _experts(self, params: Any, found: evaluate.Evaluation) -> dict[str, Any]:
+        """Returns what the result says of the experts, on the test split; nothing if there is no mixture."""
+        config, split = self.config, self.stepper.dataset.test
+        rest = config.batch_size, self.placement, config.seed, self._stop_if_told
+        use = expert_use.measure(params, config.model, split, found, *rest)
+        return {} if use is None else {"experts": use.to_dict()}
 
     def _best_state(self, best: dict[str, Any], log: str, writer: Checkpoints) -> TrainState:
         """Reads the best checkpoint; makes it again, by the same steps, if it is damaged or gone."""

@@ -163,7 +163,7 @@ class Vit(nn.Module):
             name = f"segment_{index}"
             scanned = nn.scan(
                 _unpacking(name, self.unpack),
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "router": True, "dropout": True, "depth": True},
                 in_axes=(nn.broadcast, 0),
                 length=repeats,
@@ -263,6 +263,29 @@ def apply(
         rngs=None if train_key is None else {name: jax.random.fold_in(train_key, i) for i, name in enumerate(streams)},
     )
     return outputs
+
+
+def ffn_inputs(config: ModelConfig, params: Params, images_BxHxWxc: jax.Array) -> Any:
+    """Runs a model in evaluation and returns what its mixture layers see.
+
+    Args:
+        config, params, images_BxHxWxc: as `apply`.
+
+    Returns:
+        {segment: {block: (R, B, T, D)}} with the names that these have in `params`, of `config.compute_dtype`; R is how
+        often the segment repeats its pattern of blocks.
+    """
+
+    def is_wanted(module: nn.Module, method: str) -> bool:
+        return module.name == "ffn_norm" and method == "__call__" and getattr(module.parent, "is_moe", False)
+
+    _, found = Vit(config).apply(
+        {"params": params}, images_BxHxWxc, capture_intermediates=is_wanted, mutable=["intermediates"]
+    )
+    return {
+        segment: {block: captured["ffn_norm"]["__call__"][0] for block, captured in blocks.items()}
+        for segment, blocks in found.get("intermediates", {}).items()
+    }
 
 
 def param_shapes(config: ModelConfig) -> Params:
