@@ -133,6 +133,13 @@ def test_digits_of_a_pair_lie_within_their_halves_near_the_middle_and_are_15_or_
     assert set(boxes) == wanted
 
 
+def test_places_in_a_pair_change_with_the_seed_and_the_split_not_the_digits_alone(monkeypatch):
+    monkeypatch.setattr(drawn, "digits", lambda: (np.full((1797, 8, 8, 1), 255, np.uint8), LABELS.astype(np.int32)))
+    first, other = made("digit_pairs", seed=3), made("digit_pairs", seed=4)
+    assert not any(same(*pair) for pair in zip(splits(first), splits(other), strict=True))
+    assert not np.array_equal(first.train.images, first.validation.images[: len(first.train)])
+
+
 def test_clutter_has_the_fewest_and_the_most_fragments(monkeypatch):
     laid = []
     monkeypatch.setattr(beds, "_lay", lambda canvas, image, contrast, top, left: laid.append(len(image)))
