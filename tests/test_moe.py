@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -245,6 +246,49 @@ def test_ternary_experts_are_standard_ones_of_quantised_matrices(scale: str) -> 
     # Matrices that are rounded already, as a file holds them, are used as they are.
     deployed = small(family="ternary", **changes).deployed()
     chex.assert_trees_all_equal(found, apply(LAYERS["ternary"](deployed), params | kernels))
+
+
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "standard": {"family": "standard"},
+    "ternary": {"family": "ternary", "ternary_scale": "tensor"},
+    "separate": {"num_stages": 2, "angle_bits": 4},
+    "separate, by blocks, one expert": {"dispatch": "blocks", "num_experts": 1, "top_k": 1},
+    "tied": {"form": "tied", "num_stages": 5, "ternary_scale": "none"},
+    "reference": {"form": "reference", "num_stages": 2},
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_the_outputs_of_every_expert_are_those_of_a_layer_that_has_it_alone(case: str) -> None:
+    config = small(**OUTPUTS[case])
+    _, params, x = make_layer(config)
+    found = jit(moe.expert_outputs, static_argnums=0)(config, params, x)
+    assert found.shape == (2, TOKENS, config.num_experts, config.d_model)
+    exact = quantised(config, params)
+    shared = () if config.stores_experts else ("down_bias", "projection")
+    for expert in range(config.num_experts):
+        # Of one expert the gate is 1. A final bias that all share is no expert's own.
+        alone = {name: leaf for name, leaf in exact.items() if name != "router"}
+        for name, leaf in alone.items():
+            if config.stores_experts or name.endswith("angles"):
+                alone[name] = leaf[expert : expert + 1]
+            if name.endswith("angles"):
+                alone[name] = oracles.round_angles(alone[name], config.angle_bits)
+            if name in shared:
+                alone[name] = leaf | {"bias": 0 * leaf["bias"]} if name == "projection" else 0 * leaf
+        alone["router"] = {"kernel": np.zeros((config.d_model, 1))}
+        one = dataclasses.replace(config, num_experts=1, top_k=1)
+        expected = oracle(one, alone, np.array(x, np.float64))
+        np.testing.assert_allclose(found[:, :, expert], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_outputs_of_experts_have_the_dtype_that_they_are_computed_in() -> None:
+    config = small(compute_dtype="bfloat16")
+    _, params, x = make_layer(config)
+    found = jit(moe.expert_outputs, static_argnums=0)(config, params, x)
+    assert found.dtype == jnp.bfloat16
+    wide = moe.expert_outputs(small(), params, x)
+    np.testing.assert_allclose(found.astype(jnp.float32), wide, atol=0.05 * float(jnp.abs(wide).max()))
 
 
 @pytest.mark.parametrize("family", ["standard", "ternary", "butterfly"])
