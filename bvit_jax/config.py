@@ -93,6 +93,8 @@ class Config:
         keep_every: every so many evaluations the checkpoint is kept for good, beside the newest two and the best; 0:
             none is.
         max_skipped_steps: steps whose loss or gradient is not finite that may be left out; one more ends the run.
+        start_from: directory of a finished run of a dense model of equal shape, whose best parameters this one starts
+            from (`bvit_jax.upcycling`); empty for none.
     """
 
     seed: int
@@ -102,6 +104,7 @@ class Config:
     eval_every: int
     keep_every: int
     max_skipped_steps: int
+    start_from: str
     data: DataConfig
     augment: AugmentConfig
     model: ModelConfig
@@ -123,6 +126,8 @@ class Config:
             self.model.image_size,
             f"that of the {self.data.name} images, {self.data.image_size}",
         )
+        reference = self.model.family == "butterfly" and self.model.form == "reference"
+        require(not (self.start_from and reference), "start_from", self.start_from, "empty for model.form = reference")
         size, shift = self.data.image_size, self.augment.max_shift
         require(shift < size, "augment.max_shift", shift, f"under image_size = {size}")
         cut = self.augment.crop == "resized" or self.data.stored_size == size

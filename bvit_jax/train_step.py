@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bvit_jax import augment, components, losses, mixing, pixels, sentinels, ternary, vit
+from bvit_jax import augment, components, losses, mixing, pixels, sentinels, ternary, upcycling, vit
 from bvit_jax.config import Config, LossConfig
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.optimizer import averaged, learning_rate, make_optimizer
@@ -71,7 +71,7 @@ class EvalSums:
 
 
 def init_state(config: Config) -> TrainState:
-    """Draws the state before the first step from `config.seed`."""
+    """Draws the state before the first step from `config.seed`; what `config.start_from` brings is not in it."""
     return _first_state(config, vit.init_params(config.model, jax.random.key(config.seed)))
 
 
@@ -94,16 +94,20 @@ def _first_state(config: Config, params: Any) -> TrainState:
 
 
 def make_init_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
-    """Compiles (key) -> state before the first step; `init_state` is that of the run's key. Shared as the step is."""
+    """Compiles (key) -> state before the first step; `init_state` is that of the run's key. Shared as the step is.
+
+    With `config.start_from` it is (key, parameters of that run) -> state.
+    """
     return _make_init_step(dataclasses.replace(config, seed=0), placement)
 
 
 @functools.lru_cache(maxsize=4)
 def _make_init_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
-    return jax.jit(
-        lambda key: _first_state(config, vit.init_params(config.model, key)),
-        out_shardings=state_shardings(config, placement),
-    )
+    def init(key: jax.Array, *dense: Any) -> TrainState:
+        params = vit.init_params(config.model, key)
+        return _first_state(config, upcycling.upcycled(config.model, params, *dense) if config.start_from else params)
+
+    return jax.jit(init, out_shardings=state_shardings(config, placement))
 
 
 def state_shardings(config: Config, placement: Placement) -> Any:

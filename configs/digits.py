@@ -40,6 +40,7 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     config.eval_every = 250
     config.keep_every = 4
     config.max_skipped_steps = 0
+    config.start_from = ""
 
     config.data = ml_collections.ConfigDict(
         {

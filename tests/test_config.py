@@ -40,6 +40,7 @@ OTHER: dict[str, Any] = {
     "eval_every": 4,
     "keep_every": 3,
     "max_skipped_steps": 2,
+    "start_from": "runs/dense",
     **{
         f"data.{name}": value + 1
         for name, value in PROCEDURAL.items()
