@@ -26,17 +26,25 @@ class LossConfig:
     Attributes:
         label_smoothing: probability mass spread over all classes, 0 to under 1.
         load_balance, router_z, smoothness: weights of the router's losses, each averaged over the mixture layers.
+        distillation: weight of the divergence from a teacher (`bvit_jax.losses.divergence`), 0 to 1; that of the
+            cross-entropy is what is left.
+        teacher: directory of the finished run, of any model on equal data, whose best parameters teach; empty for none.
     """
 
     label_smoothing: float
     load_balance: float
     router_z: float
     smoothness: float
+    distillation: float
+    teacher: str
 
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "0 to under 1")
         for field in ("load_balance", "router_z", "smoothness"):
             require(getattr(self, field) >= 0, f"loss.{field}", getattr(self, field), "0 or more")
+        require(0 <= self.distillation <= 1, "loss.distillation", self.distillation, "0 to 1")
+        taught = self.distillation == 0 or bool(self.teacher)
+        require(taught, "loss.teacher", self.teacher, "the directory of a run, as loss.distillation is above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +101,8 @@ class Config:
         keep_every: every so many evaluations the checkpoint is kept for good, beside the newest two and the best; 0:
             none is.
         max_skipped_steps: steps whose loss or gradient is not finite that may be left out; one more ends the run.
+        start_from: directory of a finished run of a dense model of equal shape, whose best parameters this one starts
+            from (`bvit_jax.upcycling`); empty for none.
     """
 
     seed: int
@@ -102,6 +112,7 @@ class Config:
     eval_every: int
     keep_every: int
     max_skipped_steps: int
+    start_from: str
     data: DataConfig
     augment: AugmentConfig
     model: ModelConfig
@@ -123,6 +134,8 @@ class Config:
             self.model.image_size,
             f"that of the {self.data.name} images, {self.data.image_size}",
         )
+        reference = self.model.family == "butterfly" and self.model.form == "reference"
+        require(not (self.start_from and reference), "start_from", self.start_from, "empty for model.form = reference")
         size, shift = self.data.image_size, self.augment.max_shift
         require(shift < size, "augment.max_shift", shift, f"under image_size = {size}")
         cut = self.augment.crop == "resized" or self.data.stored_size == size
@@ -139,7 +152,7 @@ class Config:
         return dataclasses.replace(self, model=model.canonical()).canonical()
 
     def canonical(self) -> "Config":
-        """Resets the fields that training such a model ignores, so that equal runs have equal configurations."""
+        """Resets the fields that training so ignores, so that equal runs have equal configurations."""
         ignored: dict[str, Any] = {}
         if self.model.family == "dense":
             ignored["expert_multiplier"] = 1.0
@@ -147,7 +160,8 @@ class Config:
             ignored["angle_freeze_steps"] = 0
         if not self.model.has_ternary_experts or self.model.ternary_scale == "none":
             ignored["ternary_warmup_steps"] = 0
-        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **ignored))
+        loss = self.loss if self.loss.distillation else dataclasses.replace(self.loss, teacher="")
+        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **ignored), loss=loss)
 
     def digest(self) -> str:
         """Returns 12 hexadecimal digits that name this configuration."""

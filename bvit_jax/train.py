@@ -7,6 +7,7 @@ A run lives in a directory of its own:
     result.json      written when the run is complete  incidents.jsonl  interruptions, damage, steps left out
     damaged/         checkpoints found to be damaged   nonfinite/       reports of steps that were not finite
     tensorboard/     the numbers as events             images.json      which prepared images it is of, if of any
+    sources.json     which runs it has parameters of, if of any
 
 However often a run is interrupted, `metrics.jsonl`, `result.json` (but for its timing) and the arrays of the last and
 the best checkpoint are those of an uninterrupted one, to the bit, on the same devices and library versions.
@@ -25,11 +26,9 @@ import jax
 from tqdm import tqdm
 
 from bvit_jax import (
-    bundles,
     checkpoints,
     data,
     device_memory,
-    digests,
     evaluate,
     expert_use,
     files,
@@ -38,9 +37,11 @@ from bvit_jax import (
     preemption,
     processes,
     run_images,
+    run_sources,
     sentinels,
     sharding,
     timing,
+    trained,
 )
 from bvit_jax import workdir as workdirs
 from bvit_jax.checkpoints import Checkpoints
@@ -54,7 +55,7 @@ from bvit_jax.train_step import TrainState
 
 OUTPUTS = (
     *("checkpoints", "damaged", "metrics.jsonl", "timing.jsonl", INCIDENTS_FILE),
-    *("nonfinite", "tensorboard", "result.json", "sweep.json", run_images.FILE),
+    *("nonfinite", "tensorboard", "result.json", "sweep.json", run_images.FILE, run_sources.FILE),
 )
 LOCK_PATIENCE_SECONDS = 5.0
 """A trial whose sweep was killed needs a moment to end."""
@@ -79,8 +80,8 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
 
     Raises:
         ConfigError: if the directory cannot be written to, holds something else or is in use by another process, if
-            the model or its batch does not divide over the mesh, or if the images are not there or not those that the
-            run began with; in all processes.
+            the model or its batch does not divide over the mesh, or if the images, or the runs that the configuration
+            names, are not there or not those that the run began with; in all processes.
         preemption.Preempted: after SIGTERM, when the state is saved; the same call goes on.
         sentinels.NonFiniteError: if more steps than the configuration allows had a loss or gradient that is not finite,
             at the next step that is logged, evaluated or saved.
@@ -98,16 +99,21 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
         images = processes.in_all(lambda: data.opened(config.data))
         processes.check_same(f"digest of {config.data.name}", images.digest if images else "")
         processes.on_first(lambda: run_images.claim(workdir, config.data.name, images))
+        if config.loss.distillation:
+            processes.on_first(lambda: run_images.check(Path(config.loss.teacher), config.data.name, images))
         return _Run(config, workdir, placement, notice, Journal(workdir, show_progress), images).to_the_end()
 
 
 def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str, Any] | None:
     """Claims and locks the directory until `held` is closed; returns the result of a run that is already finished."""
+    if not (workdir / "config.json").exists():
+        run_sources.find(config)  # a wrong name is not to claim the directory
     _mend_config(config, workdir)
     workdirs.claim(workdir, "config.json", config.to_dict(), OUTPUTS)
     held.enter_context(workdirs.locked(workdir, LOCK_PATIENCE_SECONDS))
     path = workdir / "result.json"
     if not path.exists():
+        run_sources.claim(workdir, config)
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_text())
@@ -116,6 +122,7 @@ def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str
         error: Exception | str = "of another configuration"
     except (ValueError, TypeError, KeyError) as raised:  # of JSON or of UTF-8, or some other JSON
         error = raised
+    run_sources.claim(workdir, config)
     path.unlink()
     Journal(workdir, False).warn("damaged", config.total_steps, f"result.json is damaged ({error}): made again")
     return None
@@ -303,7 +310,7 @@ class _Run:
             "seed": config.seed,
             "steps": config.total_steps,
             "best_step": best["step"],
-            "params_digest": digests.combined(digests.of_tree(bundles.bundle(state.evaluated))),
+            "params_digest": trained.params_digest(state.evaluated),
             "test_accuracy": found.accuracy,
             "test_nll": found.nll,
             "validation_accuracy": best["accuracy"],

@@ -6,13 +6,17 @@ from typing import Any
 
 import jax
 
-from bvit_jax import checkpoints, metrics, train_step
+from bvit_jax import bundles, checkpoints, digests, metrics, train_step
 from bvit_jax.config import Config, from_dict
 from bvit_jax.model_config import ConfigError
 
 
-def best_params(workdir: Path) -> tuple[Config, int, Any]:
-    """Reads the best checkpoint of a run onto the first device; nothing is changed, even while the run goes on.
+def best_params(workdir: Path, place: jax.sharding.Sharding | None = None) -> tuple[Config, int, Any]:
+    """Reads the best checkpoint of a run; nothing is changed, even while the run goes on.
+
+    Args:
+        workdir: of the run.
+        place: where every array goes, the first device by default; one of several processes is for all of them to read.
 
     Returns:
         The run's configuration, the step of the checkpoint, and the parameters, averaged if the run averages them.
@@ -21,13 +25,8 @@ def best_params(workdir: Path) -> tuple[Config, int, Any]:
         ConfigError: if the directory is no run's, holds no checkpoint, one of another configuration, or a damaged one.
     """
     name = f"workdir = {str(workdir)!r}"
-    try:
-        config = from_dict(json.loads((workdir / "config.json").read_text()))
-    except OSError:
-        raise ConfigError(f"{name}: it must be the directory of a run; it has no config.json") from None
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{workdir / 'config.json'}: it is damaged, or of another version ({error})") from None
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    config = config_of(workdir, name)
+    place = place or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = train_step.abstract_state(train_step.state_shapes(config), place)
     while True:
         directory, step = workdir / checkpoints.DIRECTORY, _best_step(workdir, name)
@@ -40,6 +39,29 @@ def best_params(workdir: Path) -> tuple[Config, int, Any]:
                 remedy = "start the training again, without result.json if there is one: it makes good what is damaged"
                 raise ConfigError(f"{name}: {error}; {remedy}") from None
             # The run has found a better one and dropped this.
+
+
+def config_of(workdir: Path, name: str) -> Config:
+    """Reads the configuration of a run.
+
+    Args:
+        workdir: of the run.
+        name: what the user calls the directory, for errors.
+
+    Raises:
+        ConfigError: if the directory is no run's, or its configuration is damaged.
+    """
+    try:
+        return from_dict(json.loads((workdir / "config.json").read_text()))
+    except OSError:
+        raise ConfigError(f"{name}: it must be the directory of a run; it has no config.json") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{workdir / 'config.json'}: it is damaged, or of another version ({error})") from None
+
+
+def params_digest(params: Any) -> str:
+    """Returns one digest of parameters; in a run of several processes all of them call this."""
+    return digests.combined(digests.of_tree(bundles.bundle(params)))
 
 
 def _best_step(workdir: Path, name: str) -> int:

@@ -40,6 +40,7 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
     config.eval_every = 250
     config.keep_every = 4
     config.max_skipped_steps = 0
+    config.start_from = ""
 
     config.data = ml_collections.ConfigDict(
         {
@@ -94,7 +95,14 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
         }
     )
     config.loss = ml_collections.ConfigDict(
-        {"label_smoothing": 0.1, "load_balance": 0.01, "router_z": 0.001, "smoothness": 0.01}
+        {
+            "label_smoothing": 0.1,
+            "load_balance": 0.01,
+            "router_z": 0.001,
+            "smoothness": 0.01,
+            "distillation": 0.0,
+            "teacher": "",
+        }
     )
     config.optimizer = ml_collections.ConfigDict(
         {

@@ -40,6 +40,7 @@ OTHER: dict[str, Any] = {
     "eval_every": 4,
     "keep_every": 3,
     "max_skipped_steps": 2,
+    "start_from": "runs/dense",
     **{
         f"data.{name}": value + 1
         for name, value in PROCEDURAL.items()
@@ -87,6 +88,8 @@ OTHER: dict[str, Any] = {
     "loss.load_balance": 0.123,
     "loss.router_z": 0.123,
     "loss.smoothness": 0.123,
+    "loss.distillation": 0.123,
+    "loss.teacher": "runs/other",
     "optimizer.learning_rate": 0.123,
     "optimizer.final_learning_rate": 0.001,
     "optimizer.warmup_steps": 1,
@@ -164,6 +167,8 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("loss.load_balance", -0.01, "0 or more"),
         ("loss.router_z", -0.01, "0 or more"),
         ("loss.smoothness", -0.01, "0 or more"),
+        ("loss.distillation", -0.1, "0 to 1"),
+        ("loss.distillation", 1.1, "0 to 1"),
         ("data.name", "CIFAR-100", f"{', '.join(EMBEDDED)} or a data set's name such as cifar100"),
         ("data.name", "cifar100:newest", f"{', '.join(EMBEDDED)} or a data set's name such as cifar100"),
         ("augment.crop", "centre", "shift or resized"),
@@ -413,6 +418,12 @@ def test_only_models_that_are_trained_ternary_have_a_warm_up_of_it():
     assert warmed(model__ternary_scale="none") == 0
 
 
+def test_there_is_a_teacher_where_its_loss_has_weight_and_only_there():
+    with pytest.raises(ConfigError, match=r"^loss\.teacher = '': it must be the directory of a run, as loss\.distill"):
+        changed("loss.distillation", 0.5)
+    assert changed("loss.teacher", "runs/dense") == resolve(raw_config())
+
+
 def test_the_form_matters_to_butterflies_alone():
     for family, number in (("dense", 1), ("standard", 1), ("butterfly", 3)):
         digests = {
@@ -475,6 +486,10 @@ def test_every_field_changes_the_digest(name):
     section, _, field = name.rpartition(".")
     if section == "augment":
         assert strongly_augmented(**{field: OTHER[name]}).digest() != strongly_augmented().digest()
+    elif name in ("loss.distillation", "loss.teacher"):
+        taught = {"loss__distillation": 0.5, "loss__teacher": "runs/dense"}
+        others = taught | {name.replace(".", "__"): OTHER[name]}
+        assert resolve(raw_config(PROCEDURAL, **others)).digest() != resolve(raw_config(PROCEDURAL, **taught)).digest()
     else:
         config = resolve(raw_config(PROCEDURAL))
         assert changed(name, OTHER[name], PROCEDURAL).digest() != config.digest()

@@ -1,0 +1,209 @@
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from bvit_jax import files, metrics, run_sources, sharding, train, train_step, trained
+from bvit_jax.config import Config
+from bvit_jax.model_config import ConfigError
+from bvit_jax.sharding import Layout
+from bvit_jax.stepping import Stepper
+from tests.conftest import make_config, on_devices
+
+SMALL = {"num_layers": 1, "d_model": 16, "d_ff": 32, "num_heads": 2, "patch_size": 4}
+
+
+def small(argument: str, **changes: object) -> Config:
+    raw = {f"model__{name}": value for name, value in SMALL.items()} | {"total_steps": 4, "eval_every": 2}
+    return make_config(argument, **raw | changes)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a dense model, left alone."""
+    workdir = tmp_path_factory.mktemp("dense")
+    train.run(small("dense"), workdir, show_progress=False)
+    return workdir
+
+
+def cut_at(number: int) -> Any:
+    """Returns `Stepper.batch` that interrupts the run before the step after so many."""
+    batch = Stepper.batch
+
+    def cut(self: Stepper, step: int) -> Any:
+        if step == number:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    return cut
+
+
+def made(workdir: Path, config: Config, result: object) -> str:
+    """A run's directory without checkpoints."""
+    workdir.mkdir()
+    files.write_json(workdir / "config.json", config.to_dict())
+    (workdir / "result.json").write_text(result if isinstance(result, str) else json.dumps(result))
+    return str(workdir)
+
+
+def test_a_run_that_is_not_there_or_not_finished_is_refused(tmp_path):
+    source = str(tmp_path / "run")
+    config = small("butterfly,4", start_from=source)
+    with pytest.raises(ConfigError, match=f"start_from = '{source}': .*finished run; there is no such directory"):
+        run_sources.find(config)
+    made(tmp_path / "run", small("dense"), "{")
+    with pytest.raises(ConfigError, match="finished run; its result.json cannot be read"):
+        run_sources.find(config)
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(ConfigError, match="finished run; it has no result.json"):
+        run_sources.find(config)
+    files.write_json(tmp_path / "run" / "result.json", {"params_digest": "a" * 16})
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ConfigError, match="start_from = .*it has no config.json"):
+        run_sources.find(config)
+    assert run_sources.find(small("butterfly,4")) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "change", "told"),
+    [
+        ("standard,4", {}, "a run of a dense model; it is of family standard"),
+        ("dense", {"model__d_ff": 64}, "a run of equal shape; its model.d_ff is 64, not 32"),
+        ("dense", {"model__num_layers": 3}, "a run of equal shape; its model.num_layers is 3, not 1"),
+        ("dense", {"model__num_heads": 4}, "a run of equal shape; its model.num_heads is 4, not 2"),
+    ],
+)
+def test_a_run_of_another_kind_is_refused_and_claims_no_directory(tmp_path, argument, change, told):
+    source = made(tmp_path / "run", small(argument, **change), {"params_digest": "a" * 16})
+    with pytest.raises(ConfigError, match=f"start_from = '{source}': it must be {told}"):
+        train.run(small("butterfly,4", start_from=source), tmp_path / "new", show_progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_form_reference_cannot_start_from_a_dense_model():
+    with pytest.raises(ConfigError, match=r"start_from = 'runs/dense': it must be empty for model.form = reference"):
+        small("butterfly,4,reference", start_from="runs/dense")
+    assert small("butterfly,4,reference").start_from == ""
+
+
+def test_what_is_recorded_is_what_a_run_goes_on_with(tmp_path):
+    source = made(tmp_path / "run", small("dense", seed=5), {"params_digest": "a" * 16})
+    config = small("butterfly,4", start_from=source)
+    for _ in range(2):
+        run_sources.claim(tmp_path, config)
+        recorded = json.loads((tmp_path / run_sources.FILE).read_text())
+        assert recorded == {"start_from": {"workdir": source, "params_digest": "a" * 16}}
+    files.write_json(tmp_path / "run" / "result.json", {"params_digest": "b" * 16})
+    with pytest.raises(ConfigError, match="other parameters of start_from = .*digest a{16}, not b{16}"):
+        run_sources.claim(tmp_path, config)
+    (tmp_path / run_sources.FILE).write_text("[]")
+    with pytest.raises(ConfigError, match=r"sources\.json cannot be read"):
+        run_sources.claim(tmp_path, config)
+    run_sources.claim(tmp_path / "absent", small("butterfly,4"))  # nothing to record
+
+
+def test_parameters_that_are_not_those_of_the_result_are_refused(dense, tmp_path):
+    source = Path(shutil.copytree(dense, tmp_path / "run"))
+    files.write_json(source / "result.json", json.loads((source / "result.json").read_text()) | {"params_digest": "?"})
+    config = small("butterfly,4", start_from=str(source))
+    with pytest.raises(ConfigError, match=r"digest of its result.json, \?; it is [0-9a-f]{16}"):
+        Stepper(config, sharding.place(config.model, config.batch_size)).first_state()
+
+
+@pytest.mark.parametrize("argument", ["butterfly,4", "standard,4"])
+def test_a_run_starts_from_the_best_parameters_of_a_dense_one(dense, tmp_path, argument):
+    config = small(argument, start_from=str(dense), optimizer__ema_decay=0.5)
+    placement = sharding.place(config.model, config.batch_size)
+    state, plain = (
+        Stepper(each, placement).first_state() for each in (config, dataclasses.replace(config, start_from=""))
+    )
+    _, _, best = trained.best_params(dense)
+    ffn, theirs = (tree["segment_0"]["block_0"]["ffn"] for tree in (state.params, best))
+    up = ffn["up_prototype"] if argument.startswith("butterfly") else ffn["up_kernel"][:, 2]
+    np.testing.assert_array_equal(up, theirs["up"]["kernel"])
+    np.testing.assert_array_equal(state.params["head"]["kernel"], best["head"]["kernel"])
+    assert np.abs(best["head"]["kernel"]).max() > 0  # one that was never trained is all zeros
+    jax.tree.map(np.testing.assert_array_equal, state.average, state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.opt_state, plain.opt_state)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda leaf: leaf.sharding, plain)
+
+
+def test_a_whole_run_from_a_dense_one_and_its_source_gone(dense, tmp_path, monkeypatch):
+    source = Path(shutil.copytree(dense, tmp_path / "run"))
+    config, workdir = small("butterfly,4", start_from=str(source)), tmp_path / "new"
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "batch", cut_at(3))
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, workdir, show_progress=False)
+    digest = json.loads((source / "result.json").read_text())["params_digest"]
+    assert json.loads((workdir / run_sources.FILE).read_text())["start_from"]["params_digest"] == digest
+    source.rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="finished run; there is no such directory"):
+        train.run(config, workdir, show_progress=False)
+    (tmp_path / "elsewhere").rename(source)
+    result = train.run(config, workdir, show_progress=False)
+    shutil.rmtree(source)
+    assert train.run(config, workdir, show_progress=False) == result
+    # A run that was never trained guesses among ten digits: its head begins as zeros.
+    assert result["validation_nll"] < np.log(10)
+
+
+def test_a_teacher_must_be_of_equal_data(tmp_path):
+    source = made(tmp_path / "run", small("standard,4"), {"params_digest": "a" * 16})
+    config = small("butterfly,4", loss__distillation=0.5, loss__teacher=source)
+    assert [found.field for found in run_sources.find(config)] == ["loss.teacher"]
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, num_test=300))
+    with pytest.raises(ConfigError, match=r"loss\.teacher = .*a run on equal data; its data\.num_test is 400, not 300"):
+        run_sources.find(other)
+    streamed = dataclasses.replace(config, data=dataclasses.replace(config.data, reading="stream"))
+    assert run_sources.teacher(streamed).params_digest == "a" * 16
+
+
+def test_a_taught_run_is_another_and_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
+    config = small("dense", seed=1, loss__distillation=0.5, loss__teacher=str(dense))
+    result = train.run(config, tmp_path / "whole", show_progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "batch", cut_at(3))
+        with pytest.raises(KeyboardInterrupt):
+            train.run(config, tmp_path / "cut", show_progress=False)
+    again = train.run(config, tmp_path / "cut", show_progress=False)
+    assert again["params_digest"] == result["params_digest"]
+    rows = metrics.read_rows(tmp_path / "whole" / "metrics.jsonl")
+    for row in (row for row in rows if row["split"] == "train"):
+        assert row["loss"] == pytest.approx((row["cross_entropy"] + row["distillation"]) / 2, rel=1e-5)
+    digest = json.loads((dense / "result.json").read_text())["params_digest"]
+    recorded = json.loads((tmp_path / "whole" / run_sources.FILE).read_text())
+    assert recorded == {"loss.teacher": {"workdir": str(dense), "params_digest": digest}}
+
+
+def first_on_all() -> list[Any]:
+    sharding.LARGE_BYTES = 256  # so that these small arrays are split as large ones are
+    found = []
+    with tempfile.TemporaryDirectory() as workdir:
+        train.run(small("dense"), Path(workdir), show_progress=False)
+        config = small("standard,4", start_from=workdir)
+        for count, layout in ((1, Layout()), (8, Layout(expert=2, model=2, fsdp=True))):
+            placement = sharding.place(config.model, config.batch_size, layout, jax.devices()[:count])
+            state = Stepper(config, placement).first_state()
+            shardings = train_step.state_shardings(config, placement)
+            assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+            found.append(jax.tree.map(np.asarray, state.params))
+        source = made(Path(workdir) / "teacher", small("standard,2"), {"params_digest": "a" * 16})
+        taught = small("standard,4", loss__distillation=0.5, loss__teacher=source)
+        try:
+            Stepper(taught, sharding.place(taught.model, taught.batch_size, Layout(expert=4)))
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def test_any_devices_start_from_the_same_parameters_and_a_teacher_must_divide_over_them():
+    one, many, told = on_devices(8, first_on_all)
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+    assert told == "expert_axis = 4: it must be a divisor of num_experts = 2"
