@@ -8,9 +8,9 @@ Result:    not yet run
 
 import ml_collections
 
-from configs import test_beds
+from configs import studies
 
-VARIANTS: test_beds.Alternatives = {
+VARIANTS: studies.Alternatives = {
     "base": {},
     "1 stage": {"model": {"num_stages": 1}},
     "4 stages": {"model": {"num_stages": 4}},
@@ -30,4 +30,4 @@ VARIANTS: test_beds.Alternatives = {
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the study; sections as in `configs.ablation_training`."""
-    return test_beds.study(VARIANTS, test_beds.of("digit_pairs", "photo_patches"), seeds=3)
+    return studies.study(VARIANTS, studies.of("digit_pairs", "photo_patches"), seeds=3)

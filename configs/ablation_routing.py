@@ -8,9 +8,9 @@ Result:    not yet run
 
 import ml_collections
 
-from configs import test_beds
+from configs import studies
 
-VARIANTS: test_beds.Alternatives = {
+VARIANTS: studies.Alternatives = {
     "base": {},
     "top 1": {"model": {"top_k": 1}},
     "top 4": {"model": {"top_k": 4}},
@@ -26,4 +26,4 @@ VARIANTS: test_beds.Alternatives = {
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the study; sections as in `configs.ablation_training`."""
-    return test_beds.study(VARIANTS, test_beds.of("digit_pairs", "photo_patches"), seeds=3)
+    return studies.study(VARIANTS, studies.of("digit_pairs", "photo_patches"), seeds=3)

@@ -10,9 +10,9 @@ import math
 
 import ml_collections
 
-from configs import test_beds
+from configs import studies
 
-VARIANTS: test_beds.Alternatives = {
+VARIANTS: studies.Alternatives = {
     "base": {},
     "angles start at 0": {"model": {"angle_init": 0.0}},
     "angles start in 0.02": {"model": {"angle_init": 0.02}},
@@ -31,4 +31,4 @@ VARIANTS: test_beds.Alternatives = {
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the study; sections as in `configs.sweep_digits`, and `cases`, `compare`."""
-    return test_beds.study(VARIANTS, test_beds.of("digit_pairs", "photo_patches"), seeds=3)
+    return studies.study(VARIANTS, studies.of("digit_pairs", "photo_patches"), seeds=3)

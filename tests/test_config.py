@@ -18,7 +18,9 @@ from bvit_jax.model_config import ConfigError, Family, ModelConfig
 from configs import cifar10, cifar100, digits, imagenet_s16, paper
 from tests.conftest import make_config
 
-RUN_CONFIGS = [module.name for module in pkgutil.iter_modules(configs.__path__) if not module.name.startswith("sweep")]
+CONFIG_FILES = [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "studies"]
+SWEEPS = [name for name in CONFIG_FILES if name.startswith(("sweep_", "ablation_", "parity"))]
+RUN_CONFIGS = [name for name in CONFIG_FILES if name not in SWEEPS]
 
 PROCEDURAL = {
     "name": "procedural",

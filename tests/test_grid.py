@@ -1,12 +1,14 @@
+import importlib
 from typing import Any
 
 import pytest
 
+from bvit_jax import comparison, sweep
 from bvit_jax import grid as grids
-from bvit_jax import sweep
 from bvit_jax.config import resolve
 from bvit_jax.model_config import ConfigError
-from configs import digits
+from configs import digits, studies
+from tests.test_config import SWEEPS
 
 
 def base() -> dict[str, Any]:
@@ -158,3 +160,27 @@ def test_bad_cases_are_reported(tmp_path, cases, message):
     with pytest.raises(ConfigError) as caught:
         grids.expand(base(), {}, tmp_path, cases)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_of_configs_can_be_run(tmp_path, name):
+    raw = importlib.import_module(f"configs.{name}").get_config().to_dict()
+    trials = grids.expand(raw["base"], raw["grid"], tmp_path, raw.get("cases", (({}, {}),)))
+    assert len(trials) > 1
+    if "compare" in raw:
+        comparison.check(raw["compare"]["label"], raw["compare"]["baselines"], trials)
+        # No case is another one in disguise.
+        cases = len(raw["cases"]) * len(raw["grid"]["seed"])
+        assert len(trials) == cases
+
+
+def test_cases_are_all_combinations_the_last_label_outweighing_the_first():
+    found = studies.cases(
+        bed={"a": {"model": {"x": 1, "y": 1}}, "b": {}}, kind={"c": {"model": {"x": 2}, "steps": 3}, "d": {}}
+    )
+    assert found == (
+        ({"bed": "a", "kind": "c"}, {"model": {"x": 2, "y": 1}, "steps": 3}),
+        ({"bed": "a", "kind": "d"}, {"model": {"x": 1, "y": 1}}),
+        ({"bed": "b", "kind": "c"}, {"model": {"x": 2}, "steps": 3}),
+        ({"bed": "b", "kind": "d"}, {}),
+    )
