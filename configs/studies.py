@@ -56,18 +56,16 @@ def merged(first: Fields, second: Fields) -> dict[str, Any]:
     return result
 
 
-def study(variants: Alternatives, beds: Alternatives, seeds: int, **base_fields: Fields) -> ml_collections.ConfigDict:
+def study(variants: Alternatives, beds: Alternatives, seeds: int) -> ml_collections.ConfigDict:
     """Returns a sweep of variants on test beds, all compared with the first.
 
     Args:
         variants: the first is the base.
         beds: of `BEDS`.
         seeds: how many, from 0.
-        base_fields: sections of the base that are not as in `base`.
     """
     config = ml_collections.ConfigDict()
     config.base = base()
-    config.base.update(merged({}, base_fields))
     config.grid = ml_collections.ConfigDict({"seed": tuple(range(seeds))})
     config.cases = cases(bed=beds, variant=variants)
     config.compare = ml_collections.ConfigDict({"label": "variant", "baselines": (next(iter(variants)),)})

@@ -19,7 +19,7 @@ from configs import cifar10, cifar100, digits, imagenet_s16, paper
 from tests.conftest import make_config
 
 CONFIG_FILES = [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "studies"]
-SWEEPS = [name for name in CONFIG_FILES if name.startswith(("sweep_", "ablation_", "parity"))]
+SWEEPS = [name for name in CONFIG_FILES if name.startswith(("sweep_", "ablation_", "parity", "teachers"))]
 RUN_CONFIGS = [name for name in CONFIG_FILES if name not in SWEEPS]
 
 PROCEDURAL = {

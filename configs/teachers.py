@@ -1,0 +1,30 @@
+"""Dense models of the test beds, for studies that start from them or are taught by them.
+
+Command:   python -m experiments.sweep --config=configs/teachers.py
+Hardware:  2 CPU cores
+Time:      not yet run
+Result:    not yet run
+"""
+
+import ml_collections
+
+from bvit_jax import config as configuration
+from configs import studies
+
+DENSE = {"model": {"family": "dense"}}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the sweep; sections as in `configs.ablation_training`."""
+    config = ml_collections.ConfigDict()
+    config.base = studies.base()
+    config.grid = ml_collections.ConfigDict({"seed": (0,)})
+    config.cases = studies.cases(bed=studies.BEDS, kind={"dense": DENSE})
+    return config
+
+
+def directory(bed: str) -> str:
+    """Returns where the sweep leaves the run of a bed, from the root of the repository."""
+    fields = studies.merged(studies.BEDS[bed], DENSE)
+    run = configuration.resolve(studies.merged(studies.base().to_dict(), fields))
+    return f"runs/teachers/trials/{run.digest()}"
