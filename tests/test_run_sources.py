@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax import files, metrics, run_sources, sharding, train, train_step, trained
+from bvit_jax import files, metrics, processes, run_sources, sharding, train, train_step, trained
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sharding import Layout
 from bvit_jax.stepping import Stepper
-from tests.conftest import make_config, on_devices
+from tests.conftest import call, make_config, on_devices
+from tests.several import endings, started
 
 SMALL = {"num_layers": 1, "d_model": 16, "d_ff": 32, "num_heads": 2, "patch_size": 4}
 
@@ -207,3 +208,26 @@ def test_any_devices_start_from_the_same_parameters_and_a_teacher_must_divide_ov
     one, many, told = on_devices(8, first_on_all)
     jax.tree.map(np.testing.assert_array_equal, one, many)
     assert told == "expert_axis = 4: it must be a divisor of num_experts = 2"
+
+
+def two(port: int, number: int, folder: str) -> None:
+    """What each of two processes does."""
+    processes.start(f"localhost:{port}", 2, number)
+    train.run(both(Path(folder) / "dense"), Path(folder) / "pair", show_progress=False)
+
+
+def both(dense: Path) -> Config:
+    return small("standard,4", start_from=str(dense), loss__distillation=0.5, loss__teacher=str(dense))
+
+
+def test_two_processes_start_and_are_taught_as_one(dense, tmp_path):
+    shutil.copytree(dense, tmp_path / "dense")
+    with started(2, lambda port, number: call(two, port, number, str(tmp_path))) as running:
+        assert [(process.returncode, process.stderr) for process in endings(running) if process.returncode] == []
+    train.run(both(tmp_path / "dense"), tmp_path / "one", show_progress=False)
+    pair, one = (
+        [row["loss"] for row in metrics.read_rows(tmp_path / name / "metrics.jsonl") if row["split"] == "train"]
+        for name in ("pair", "one")
+    )
+    assert len(pair) == 2
+    np.testing.assert_allclose(pair, one, rtol=1e-5)
