@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bvit_jax import intervals, memory, metrics
+from bvit_jax import expert_use, intervals, memory, metrics
 from bvit_jax.config import Config
 
 Status = Literal["ok", "failed", "unfinished"]
@@ -98,6 +98,7 @@ class ResultRow:
         images_per_second: training throughput, with the trials that ran at the same time beside it.
         status: `ok`, `failed` or `unfinished`.
         bytes_full_ffn, compression_full_ffn: the `full` accounting of the mixture layers alone.
+        output_cosine, experts_used, lost_shuffled, lost_one: as in `expert_use.Means`.
         settings: as in `Trial`.
         trial: digest of the configuration, the name of the trial's directory.
         error: last line of a failed trial's cause.
@@ -121,6 +122,10 @@ class ResultRow:
     test_nll: float | None
     bytes_full_ffn: int
     compression_full_ffn: float
+    output_cosine: float | None
+    experts_used: float | None
+    lost_shuffled: float | None
+    lost_one: float | None
     settings: str
     trial: str
     error: str
@@ -157,6 +162,7 @@ def result_row(trial: Trial, cause: str | None = None) -> ResultRow:
         test_nll=result.get("test_nll"),
         bytes_full_ffn=own.bytes_full_ffn,
         compression_full_ffn=standard.bytes_full_ffn / own.bytes_full_ffn,
+        **dataclasses.asdict(expert_use.means(result.get("experts"))),
         settings=trial.settings,
         trial=config.digest(),
         error=_last_line(cause or "") if status == "failed" else "",
@@ -179,6 +185,7 @@ class Summary:
         accuracy_mean, accuracy_std: of the test accuracy; the deviation is nan for a single seed.
         accuracy_interval: half the width of the mean's 95 % confidence interval (`bvit_jax.intervals`); nan likewise.
         val_accuracy_mean, nll_mean, images_per_second: means, the last a median.
+        experts: means of `expert_use.Means`, nan where not known.
     """
 
     sample: ResultRow
@@ -191,6 +198,7 @@ class Summary:
     val_accuracy_mean: float
     nll_mean: float
     images_per_second: float
+    experts: dict[str, float]
 
 
 def summarise(trials: Sequence[Trial], rows: Sequence[ResultRow]) -> list[Summary]:
@@ -218,6 +226,7 @@ def _summary(trial: Trial, group: list[ResultRow]) -> Summary:
         val_accuracy_mean=float(values("val_accuracy").mean()),
         nll_mean=float(values("test_nll").mean()),
         images_per_second=float(np.median(values("images_per_second"))),
+        experts={field.name: float(values(field.name).mean()) for field in dataclasses.fields(expert_use.Means)},
     )
 
 
@@ -228,11 +237,14 @@ def to_markdown(summaries: Sequence[Summary], rows: Sequence[ResultRow]) -> str:
         "half the confidence interval of the mean; validation: mean accuracy there, of the same checkpoints. "
         "MB: 10^6 bytes. `paper` counts the expert matrices by the paper's formula, `full` every tensor as "
         "stored for inference. x: bytes of the standard mixture of equal shape and experts, over these. images/s: "
-        "training, with the sweep's other trials running beside it.",
+        "training, with the sweep's other trials running beside it. Output cosine: of what two experts of a layer give "
+        "for the same token, 1 if all are alike. Experts used: their effective number by the load. Lost: points of "
+        "accuracy, when the experts of each layer change places (shuffled), or are all replaced by one.",
         "",
-        "| family | form | experts | settings | seeds | test accuracy | 95 % | validation | test NLL | params "
-        "| MB paper | MB full | x paper | x full | x full, FFN | images/s |",
-        "|" + "---|" * 16,
+        "| family | form | experts | settings | seeds | test accuracy | 95 % | validation | test NLL "
+        "| output cosine | experts used | lost shuffled | lost one | params | MB paper | MB full "
+        "| x paper | x full | x full, FFN | images/s |",
+        "|" + "---|" * 20,
     ]
     for summary in summaries:
         row = summary.sample
@@ -242,7 +254,7 @@ def to_markdown(summaries: Sequence[Summary], rows: Sequence[ResultRow]) -> str:
         lines.append(
             f"| {row.family} | {row.form} | {row.num_experts} | {row.settings or '-'} | {summary.seeds} "
             f"| {100 * summary.accuracy_mean:.2f}{spread} | {interval} | {100 * summary.val_accuracy_mean:.2f} "
-            f"| {summary.nll_mean:.3f} | {row.params:,} "
+            f"| {summary.nll_mean:.3f} | {_of_experts(summary.experts)} | {row.params:,} "
             f"| {row.bytes_paper / 1e6:.4f} | {row.bytes_full / 1e6:.4f} | {row.compression_paper:.1f} "
             f"| {row.compression_full:.2f} | {row.compression_full_ffn:.2f} | {summary.images_per_second:.0f} |"
         )
@@ -252,3 +264,14 @@ def to_markdown(summaries: Sequence[Summary], rows: Sequence[ResultRow]) -> str:
                 f"\n{row.status}: {row.trial} ({row.family}, {row.num_experts} experts, seed {row.seed}) {row.error}"
             )
     return "\n".join(lines) + "\n"
+
+
+def _of_experts(found: Mapping[str, float]) -> str:
+    """Formats what is known of experts as cells, what is lost in points of accuracy."""
+    figures = (
+        f"{found['output_cosine']:.3f}",
+        f"{found['experts_used']:.2f}",
+        f"{100 * found['lost_shuffled']:.2f}",
+        f"{100 * found['lost_one']:.2f}",
+    )
+    return " | ".join("-" if figure == "nan" else figure for figure in figures)

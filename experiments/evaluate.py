@@ -5,7 +5,8 @@
     python -m experiments.evaluate --workdir=runs/digits --angle_bits=32,16,8,6,4 --out=runs/bits
 
 With formats named (--angle_bits, --router, ...), a run is packed in memory each way and scored as the exported file
-would be; several runs (--workdir=A,B,C) give a row each and their mean.
+would be; several runs (--workdir=A,B,C) give a row each and their mean. --experts adds whether the experts differ and
+are used (`bvit_jax.expert_use`).
 """
 
 import dataclasses
@@ -21,7 +22,20 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from bvit_jax import data, evaluate, files, memory, packed, packed_file, packing, pixels, run_images, sharding, trained
+from bvit_jax import (
+    data,
+    evaluate,
+    expert_use,
+    files,
+    memory,
+    packed,
+    packed_file,
+    packing,
+    pixels,
+    run_images,
+    sharding,
+    trained,
+)
 from bvit_jax.config import Config
 from bvit_jax.data_config import DataConfig
 from bvit_jax.model_config import ConfigError, require
@@ -37,6 +51,7 @@ _ANGLE_BITS = flags.DEFINE_list("angle_bits", [], "Bits an angle, comma between:
 _WITHOUT_ROTATIONS = flags.DEFINE_bool(
     "without_rotations", False, "Score the runs with every angle 0 as well: what the rotations give."
 )
+_EXPERTS = flags.DEFINE_bool("experts", False, "Say of the runs whether their experts differ and are used as well.")
 flags.adopt_module_key_flags(storage_flags)
 flags.adopt_module_key_flags(data_flags)
 _OUT = flags.DEFINE_string("out", None, "A directory for evaluation.csv and evaluation.json.")
@@ -53,6 +68,7 @@ class Scored:
         bytes_full: of the file that holds them.
         bytes_full_ffn: of its mixture layers.
         accuracy, nll, count: as in `evaluate.Evaluation`.
+        output_cosine, experts_used, lost_shuffled, lost_one: as in `expert_use.Means`; None without --experts.
     """
 
     source: str
@@ -62,6 +78,10 @@ class Scored:
     accuracy: float
     nll: float
     count: int
+    output_cosine: float | None = None
+    experts_used: float | None = None
+    lost_shuffled: float | None = None
+    lost_one: float | None = None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
     repack = bool(bits) or storage_flags.any_given()
     alone = not (repack or _WITHOUT_ROTATIONS.value)
     require(alone or not _MODEL.value, "model", _MODEL.value, "without formats: the file has its own")
+    require(not (_EXPERTS.value and (repack or _MODEL.value)), "experts", True, "of runs as they were trained")
     out = None if _OUT.value is None else entry.make_directory("out", _OUT.value)
     rows = [_file(Path(_MODEL.value))] if _MODEL.value else _runs(runs, bits, repack)
     content = [dataclasses.asdict(row) for row in rows]
@@ -149,8 +170,12 @@ def _trained(source: str, config: Config, params: Any, split: data.AnySplit) -> 
     """Scores a run by the forward pass that it was trained with."""
     placement = sharding.place(config.model, _BATCH_SIZE.value, devices=jax.devices()[:1])
     found = evaluate.evaluate(params, config.model, split, _BATCH_SIZE.value, placement)
-    sizes = memory.ledger(config)
-    return Scored(source, "as trained", sizes.bytes_full, sizes.bytes_full_ffn, found.accuracy, found.nll, found.count)
+    sizes, use = memory.ledger(config), None
+    if _EXPERTS.value:
+        use = expert_use.measure(params, config.model, split, found, _BATCH_SIZE.value, placement, config.seed)
+    means = dataclasses.asdict(expert_use.means(None if use is None else use.to_dict()))
+    parts = sizes.bytes_full, sizes.bytes_full_ffn, found.accuracy, found.nll, found.count
+    return Scored(source, "as trained", *parts, **means)
 
 
 def _show(rows: Sequence[Scored]) -> None:
@@ -168,6 +193,23 @@ def _show(rows: Sequence[Scored]) -> None:
             mean = f"{accuracies.mean():.2f} ± {accuracies.std(ddof=1):.2f}"
             nll = f"{np.mean([row.nll for row in group]):.4f}"
             made.add_row(f"mean of {len(group)} runs", numbers, "", "", mean, nll, "")
+    tables.show(made)
+    if _EXPERTS.value:
+        _show_experts(rows)
+
+
+def _show_experts(rows: Sequence[Scored]) -> None:
+    """Prints what is known of experts, means over their layers; what is lost in points of accuracy."""
+    made = tables.table("numbers", "output cosine", "experts used", "lost shuffled", "lost one")
+    for row in rows:
+        figures = (
+            (row.output_cosine, 3, 1),
+            (row.experts_used, 2, 1),
+            (row.lost_shuffled, 2, 100),
+            (row.lost_one, 2, 100),
+        )
+        cells = ["-" if value is None else f"{unit * value:.{digits}f}" for value, digits, unit in figures]
+        made.add_row(row.source, row.numbers, *cells)
     tables.show(made)
 
 

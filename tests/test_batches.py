@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bvit_jax import batches
-from bvit_jax.batches import PADDING, EvalPlan, TrainPlan
+from bvit_jax.batches import PADDING, EvalPlan, SpreadPlan, TrainPlan
 
 
 @given(
@@ -49,3 +49,9 @@ def test_an_evaluation_plan_by_hand():
     assert [plan(number).tolist() for number in plan.numbers] == [[0, 1, 2], [3, 4, 5], [6, PADDING, PADDING]]
     last = EvalPlan(num_images=7, batch_size=3, rows=np.array([2]))
     assert [last(number).tolist() for number in last.numbers] == [[2], [5], [PADDING]]
+
+
+def test_images_are_spread_evenly_over_a_split_by_hand():
+    assert SpreadPlan(10, 4, np.arange(4))(0).tolist() == [0, 2, 5, 7]
+    assert SpreadPlan(10, 4, np.array([1, 3]))(0).tolist() == [2, 7]  # one of two processes
+    assert SpreadPlan(3, 6, np.arange(6))(0).tolist() == [0, 0, 1, 1, 2, 2]

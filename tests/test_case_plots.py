@@ -11,7 +11,7 @@ def summary(bed: str, argument: str, accuracy: float, interval: float = 0.02) ->
     labels = {"bed": bed, "kind": argument}
     trial = sweep.Trial(make_config(argument), Path("absent"), f"{bed} {argument}", labels)
     row, both = sweep.result_row(trial), (accuracy - 0.01, accuracy + 0.01)
-    return sweep.Summary(row, trial, 2, both, accuracy, 0.01, interval, accuracy, 1.0, 100.0)
+    return sweep.Summary(row, trial, 2, both, accuracy, 0.01, interval, accuracy, 1.0, 100.0, {})
 
 
 def test_every_family_is_in_both_pictures(tmp_path: Path) -> None:

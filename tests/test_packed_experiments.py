@@ -111,6 +111,20 @@ def test_a_table_of_formats_over_several_runs(run, other_run, tmp_path):
     assert abs(float(by_run[0][0]["nll"]) - float(by_run[0][1]["nll"])) > 1e-4
 
 
+def test_a_run_says_whether_its_experts_differ_and_are_used(run, tmp_path):
+    known = json.loads((run / "result.json").read_text())["experts"]
+    found = start("experiments.evaluate", f"--workdir={run}", "--experts", f"--out={tmp_path / 'new'}")
+    assert found.returncode == 0, found.stderr
+    [row] = csv.DictReader(io.StringIO((tmp_path / "new" / "evaluation.csv").read_text()))
+    for name in ("output_cosine", "experts_used", "lost_shuffled", "lost_one"):
+        assert float(row[name]) == pytest.approx(np.mean(known[name]), abs=1e-5)
+    lost = [f"{100 * known[name]:.2f}" for name in ("lost_shuffled", "lost_one")]
+    means = [f"{np.mean(known['output_cosine']):.3f}", f"{np.mean(known['experts_used']):.2f}"]
+    _, table = found.stdout.split("lost one")
+    figures = next(line for line in table.splitlines() if "as trained" in line)
+    assert figures.split()[-4:] == means + lost
+
+
 def test_only_butterflies_have_angles(standard_run, run, tmp_path):
     for flag in ("--angle_bits=8", "--without_rotations"):
         found = start("experiments.evaluate", f"--workdir={standard_run}", flag)
@@ -173,6 +187,7 @@ def test_the_memory_report(tmp_path):
         (["evaluate", "--workdir=/nowhere", "--angle_bits=7"], "angle_bits = '7': it must be 32 or 16 or 8 or 6 or 4"),
         (["evaluate", "--model=/nowhere"], "/nowhere: No such file or directory"),
         (["evaluate", "--model=/nowhere", "--router=int8"], "model = '/nowhere': it must be without formats"),
+        (["evaluate", "--model=/nowhere", "--experts"], "experts = True: it must be of runs as they were trained"),
         (["evaluate", "--model=/nowhere", "--without_rotations"], "model = '/nowhere': it must be without formats"),
         (["memory", "--config=configs/nope.py", "--out=/tmp"], "config: the file cannot be read"),
         (["predict", "--model=", "a.png"], "model = '': it must be a packed file"),

@@ -16,7 +16,7 @@ NAMES = ["accuracy_vs_experts.png", "bytes_vs_experts.png", "accuracy_vs_bytes.p
 def summary(argument: str, accuracy: float, deviation: float = 0.01, settings: str = "") -> sweep.Summary:
     trial = sweep.Trial(make_config(argument), Path("absent"), settings)
     row, both = sweep.result_row(trial), (accuracy - 0.01, accuracy + 0.01)
-    return sweep.Summary(row, trial, 2, both, accuracy, deviation, deviation, accuracy, 1.0, 100.0)
+    return sweep.Summary(row, trial, 2, both, accuracy, deviation, deviation, accuracy, 1.0, 100.0, {})
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bvit_jax import files, memory, sweep
+from bvit_jax import expert_use, files, memory, sweep
 from tests.conftest import make_config
 
 HEADER = (
@@ -27,6 +27,9 @@ def finish(trial: sweep.Trial, accuracy: float, **changes: object) -> sweep.Tria
         "test_nll": 1 - accuracy,
         "timing": {"images_per_second": 1000 * accuracy, "wall_seconds": 12.5},
     }
+    if trial.config.model.family != "dense":
+        use = expert_use.ExpertUse(accuracy, (2.0, 3.0), (accuracy, 1.0), accuracy - 0.25, accuracy - 0.03125)
+        result["experts"] = use.to_dict()
     trial.directory.mkdir(parents=True)
     files.write_json(trial.directory / "result.json", result | changes)
     return trial
@@ -55,6 +58,10 @@ def test_the_row_of_a_finished_trial(tmp_path):
         test_nll=0.25,
         bytes_full_ffn=own.bytes_full_ffn,
         compression_full_ffn=standard.bytes_full_ffn / own.bytes_full_ffn,
+        output_cosine=0.875,
+        experts_used=2.5,
+        lost_shuffled=0.25,
+        lost_one=0.03125,
         settings="a=1",
         trial=trial.config.digest(),
         error="",
@@ -75,6 +82,15 @@ def test_the_row_of_a_failed_trial(tmp_path):
     assert (row.test_accuracy, row.val_accuracy, row.test_nll) == (None, None, None)
     assert (row.images_per_second, row.wall_seconds) == (None, None)
     assert row.params == memory.ledger(trial.config).params
+    assert (row.output_cosine, row.experts_used, row.lost_shuffled, row.lost_one) == (None, None, None, None)
+
+
+def test_of_one_expert_a_row_says_what_is_known(tmp_path):
+    one = expert_use.ExpertUse(0.5, (1.0, 1.0)).to_dict()
+    trial = finish(make_trial(tmp_path / "t", "butterfly,1", model__top_k=1), 0.5, experts=one)
+    row = sweep.result_row(trial)
+    assert (row.output_cosine, row.experts_used, row.lost_shuffled, row.lost_one) == (None, 1.0, None, None)
+    assert "| - | 1.00 | - | - |" in sweep.to_markdown(sweep.summarise([trial], [row]), [row])
 
 
 def test_a_failure_without_words_is_still_a_failure(tmp_path):
@@ -219,7 +235,10 @@ def test_the_summary_is_a_table_and_names_what_failed(tmp_path):
     # Student's t with 1 degree of freedom is 12.706 at 97.5 %: 12.706 x 0.0707 / sqrt(2) = 0.6353.
     assert butterfly[:7] == ["butterfly", "separate", "4", "-", "2", "55.00 ± 7.07", "± 63.53"]
     assert butterfly[7:9] == ["42.50", "0.450"]
-    assert butterfly[9:] == [
+    # Cosines (0.5 + 1) / 2 and (0.6 + 1) / 2, and their mean.
+    assert butterfly[9:13] == ["0.775", "2.50", "25.00", "3.12"]
+    assert header[9:13] == ["output cosine", "experts used", "lost shuffled", "lost one"]
+    assert butterfly[13:] == [
         f"{row.params:,}",
         f"{row.bytes_paper / 1e6:.4f}",
         f"{row.bytes_full / 1e6:.4f}",
@@ -229,5 +248,6 @@ def test_the_summary_is_a_table_and_names_what_failed(tmp_path):
         "550",
     ]
     assert dense[:7] == ["dense", "-", "1", "a=1", "1", "25.00", "-"]
+    assert dense[9:13] == ["-"] * 4
     assert f"failed: {rows[3].trial} (butterfly, 4 experts, seed 2) ValueError: broken" in text
     assert "unfinished" not in text

@@ -19,6 +19,7 @@ from bvit_jax import (
     data,
     digests,
     evaluate,
+    expert_use,
     journal,
     metrics,
     preemption,
@@ -94,6 +95,17 @@ def test_same_configuration_same_numbers(finished, tmp_path):
     again = train.run(config, tmp_path, show_progress=False)
     assert without_timing(again) == without_timing(result)
     assert (tmp_path / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+
+
+def test_the_result_says_whether_experts_differ_and_are_used(finished):
+    config, workdir, result = finished
+    _, _, params = trained.best_params(workdir)
+    placement, split = sharding.place(config.model, 16), data.load_split(config.data, "test")
+    found = evaluate.evaluate(params, config.model, split, 16, placement)
+    use = expert_use.measure(params, config.model, split, found, 16, placement, config.seed)
+    assert use.accuracy == result["test_accuracy"]
+    assert result["experts"] == use.to_dict()
+    assert len(use.cosine_M) == len(use.experts_used_M) == 2
 
 
 def test_another_seed_gives_other_numbers(finished, tmp_path):
@@ -261,10 +273,10 @@ def told_to_stop(monkeypatch: pytest.MonkeyPatch, event: int) -> None:
     monkeypatch.setattr(data, "eval_batches", eval_batches)
 
 
-# Seven steps and evaluations of 13 batches after steps 3, 6 and 7, then 25 batches of the test split.
+# Seven steps and evaluations of 13 batches after steps 3, 6 and 7, then 25 batches of the test split, three times.
 @pytest.mark.parametrize(
     ("event", "saved"),
-    [(0, 1), (1, 2), (2, 3), (3, 3), (15, 3), (17, 5), (20, 6), (32, 7), (45, 7), (46, 7), (69, 7)],
+    [(0, 1), (1, 2), (2, 3), (3, 3), (15, 3), (17, 5), (20, 6), (32, 7), (45, 7), (46, 7), (69, 7), (95, 7), (120, 7)],
 )
 def test_a_run_told_to_stop_saves_and_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch, event, saved):
     config, workdir, result = finished
@@ -317,6 +329,7 @@ def test_an_averaged_run_is_gone_on_with_and_its_average_is_what_counts(tmp_path
     config = make_config("dense", total_steps=7, optimizer__ema_decay=0.5)
     result = train.run(config, tmp_path / "whole", show_progress=False)
     cut_off(config, tmp_path / "cut", 6)
+    assert "experts" not in result  # it is dense
     assert without_timing(train.run(config, tmp_path / "cut", show_progress=False)) == without_timing(result)
     assert last_digests(tmp_path / "cut") == last_digests(tmp_path / "whole")
     state = restored(config, tmp_path / "whole", result["best_step"])
