@@ -50,13 +50,10 @@ def dealt_digits(labels: np.ndarray, seed: int) -> list[list[np.ndarray]]:
     return [list(parts) for parts in zip(*(np.split(places, bounds) for places in by_class), strict=True)]
 
 
-_SIDE, _FRAGMENT = 32, 6
-_SIZES = (15, 16)
-"""Pixels a side of a pair's image, of a fragment, and of its digits."""
+_SIDE, _DIGIT, _FRAGMENT = 32, 16, 6
+"""Pixels a side of a pair's image, of its digits and of a fragment."""
 _FRAGMENTS = (2, 4)
 """Fewest and most."""
-_DRIFT = 2
-"""Pixels up or down from the middle at most."""
 _DIGIT_CONTRAST, _CLUTTER_CONTRAST = (0.7, 1.0), (0.2, 0.4)
 """Least and largest."""
 
@@ -64,11 +61,11 @@ _DIGIT_CONTRAST, _CLUTTER_CONTRAST = (0.7, 1.0), (0.2, 0.4)
 def digit_pairs(config: DataConfig) -> list[Labelled]:
     """Draws two digits on clutter: 32 x 32 x 1, 100 classes, the label is 10 times the left digit plus the right one.
 
-    Scikit-learn's digits, 15 or 16 pixels large, lie somewhere in the left and in the right half, on 2 to 4 fragments
-    of others of less contrast. A split's digits and fragments come from its own digits (`dealt_digits`).
+    Scikit-learn's digits, enlarged to 16 pixels, lie side by side in the middle, on 2 to 4 fragments of others of less
+    contrast anywhere. A split's digits and fragments come from its own digits (`dealt_digits`).
     """
     images, labels = drawn.digits()
-    enlarged = [np.stack([_resized(image[..., 0], size) for image in images]) for size in _SIZES]
+    enlarged = np.stack([_enlarged(image[..., 0]) for image in images])
     sources = dealt_digits(labels, config.seed)
     sizes = (config.num_train, config.num_validation, config.num_test)
     found = []
@@ -80,30 +77,21 @@ def digit_pairs(config: DataConfig) -> list[Labelled]:
     return found
 
 
-def _resized(image_HxW: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image_HxW).resize((size, size), Image.Resampling.BILINEAR))
+def _enlarged(image_HxW: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(image_HxW).resize((_DIGIT, _DIGIT), Image.Resampling.BILINEAR))
 
 
-def _pair(
-    pair: int, enlarged: Sequence[np.ndarray], of_class: Sequence[np.ndarray], rng: np.random.Generator
-) -> np.ndarray:
+def _pair(pair: int, enlarged: np.ndarray, of_class: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     canvas = np.zeros((_SIDE, _SIDE), np.uint8)
     for _ in range(rng.integers(_FRAGMENTS[0], _FRAGMENTS[1] + 1)):
-        digit = _any(enlarged, of_class[int(rng.integers(10))], rng)
-        y, x = rng.integers(len(digit) - _FRAGMENT + 1, size=2)
+        digit = enlarged[rng.choice(of_class[int(rng.integers(10))])]
+        y, x = rng.integers(_DIGIT - _FRAGMENT + 1, size=2)
         top, left = map(int, rng.integers(_SIDE - _FRAGMENT + 1, size=2))
         _lay(canvas, digit[y : y + _FRAGMENT, x : x + _FRAGMENT], rng.uniform(*_CLUTTER_CONTRAST), top, left)
     for half, label in enumerate(divmod(pair, 10)):
-        digit = _any(enlarged, of_class[label], rng)
-        top = (_SIDE - len(digit)) // 2 + int(rng.integers(-_DRIFT, _DRIFT + 1))
-        left = half * _SIDE // 2 + int(rng.integers(_SIDE // 2 - len(digit) + 1))
-        _lay(canvas, digit, rng.uniform(*_DIGIT_CONTRAST), top, left)
+        digit = enlarged[rng.choice(of_class[label])]
+        _lay(canvas, digit, rng.uniform(*_DIGIT_CONTRAST), (_SIDE - _DIGIT) // 2, half * _DIGIT)
     return canvas
-
-
-def _any(enlarged: Sequence[np.ndarray], places: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns one of the digits at these places, in one of the sizes."""
-    return enlarged[int(rng.integers(len(enlarged)))][places[rng.integers(len(places))]]
 
 
 def _lay(canvas: np.ndarray, image: np.ndarray, contrast: float, top: int, left: int) -> None:

@@ -103,7 +103,7 @@ def test_pairs_are_made_of_digits_of_their_own_split_alone_fragments_too(numbere
         # With its own digits white, a split shows both in every image; with those of others, nothing at all.
         for number, split in enumerate(found):
             shown = (split.images > 0).sum(axis=(1, 2, 3))
-            assert shown.min() >= 2 * 15**2 if number == own else shown.max() == 0
+            assert shown.min() >= 2 * 16**2 if number == own else shown.max() == 0
 
 
 def test_the_label_of_a_pair_is_its_left_and_then_its_right_digit(monkeypatch):
@@ -117,20 +117,12 @@ def test_the_label_of_a_pair_is_its_left_and_then_its_right_digit(monkeypatch):
         np.testing.assert_array_equal(split.labels, 10 * left.astype(int) + right)
 
 
-def test_digits_of_a_pair_lie_within_their_halves_near_the_middle_and_are_15_or_16_pixels_large(monkeypatch):
+def test_digits_of_a_pair_lie_side_by_side_in_the_middle(monkeypatch):
     monkeypatch.setattr(drawn, "digits", lambda: (np.full((1797, 8, 8, 1), 255, np.uint8), LABELS.astype(np.int32)))
     monkeypatch.setattr(beds, "_FRAGMENTS", (0, 0))
-    boxes = []
     for image in made("digit_pairs").test.images[..., 0]:
-        for half in (image[:, :16], image[:, 16:]):
-            y, x = np.nonzero(half)
-            sides = (np.ptp(y) + 1, np.ptp(x) + 1)
-            assert sides[0] == sides[1]
-            assert np.count_nonzero(half) == sides[0] ** 2
-            boxes.append((sides[0], y.min(), x.min()))
-    # Up to two pixels above and below the middle, and wherever the half has room.
-    wanted = {(size, 8 + y, x) for size in (15, 16) for y in range(-2, 3) for x in range(17 - size)}
-    assert set(boxes) == wanted
+        y, x = np.nonzero(image)
+        assert (len(y), y.min(), y.max(), x.min(), x.max()) == (2 * 16**2, 8, 23, 0, 31)
 
 
 def test_places_in_a_pair_change_with_the_seed_and_the_split_not_the_digits_alone(monkeypatch):
@@ -144,7 +136,7 @@ def test_clutter_has_the_fewest_and_the_most_fragments(monkeypatch):
     laid = []
     monkeypatch.setattr(beds, "_lay", lambda canvas, image, contrast, top, left: laid.append(len(image)))
     of_class = beds.dealt_digits(LABELS, 0)[0]
-    enlarged = [np.zeros((1797, size, size), np.uint8) for size in (15, 16)]
+    enlarged = np.zeros((1797, 16, 16), np.uint8)
     counts = set()
     for seed in range(60):
         laid.clear()
