@@ -1,0 +1,49 @@
+"""Are rotated experts as good as stored ones? All families on the test beds, equal steps, each as it was tuned.
+
+Command:   python -m experiments.sweep --config=configs/parity.py
+Hardware:  2 CPU cores
+Time:      not yet run
+Result:    not yet run
+"""
+
+from typing import Any
+
+import ml_collections
+
+from configs import studies
+
+TUNED: dict[str, dict[str, float]] = {
+    "dense": {"learning_rate": 3e-3},
+    "standard": {"learning_rate": 3e-3, "expert_multiplier": 1.0},
+    "ternary": {"learning_rate": 3e-3, "expert_multiplier": 3.0},
+    "butterfly": {"learning_rate": 3e-3, "expert_multiplier": 3.0},
+}
+"""The best of `configs.parity_tuning`, over all beds."""
+EQUAL_BYTES = {16: 64, 64: 231}
+"""d_ff of the dense models whose FFNs have the bytes of the butterfly's mixture layers, to 1 %, by its experts."""
+
+
+def _kind(family: str, **model: Any) -> studies.Fields:
+    return {"model": {"family": family, **model}, "optimizer": TUNED[family]}
+
+
+KINDS: studies.Alternatives = {
+    "dense": _kind("dense"),
+    **{f"dense, bytes of butterfly {number}": _kind("dense", d_ff=d_ff) for number, d_ff in EQUAL_BYTES.items()},
+    **{
+        f"{family} {number}": _kind(family, num_experts=number)
+        for family in ("standard", "ternary", "butterfly")
+        for number in (16, 64)
+    },
+}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the sweep; sections as in `configs.ablation_training`."""
+    config = ml_collections.ConfigDict()
+    config.base = studies.base()
+    config.grid = ml_collections.ConfigDict({"seed": tuple(range(5))})
+    config.cases = studies.cases(bed=studies.BEDS, kind=KINDS)
+    same = ("standard 16", "standard 64", *(f"dense, bytes of butterfly {number}" for number in EQUAL_BYTES))
+    config.compare = ml_collections.ConfigDict({"label": "kind", "baselines": same})
+    return config
