@@ -1,7 +1,7 @@
 """Equal tuning for all families before `configs.parity`: six settings each, by accuracy on validation.
 
-Dense models have six learning rates, the others three, with two multipliers for the experts' matrices each. The seeds are
-not those that are compared.
+Dense models have six learning rates, the others three, with two multipliers for the experts' matrices. The seeds
+are not those that are compared.
 
 Command:   python -m experiments.sweep --config=configs/parity_tuning.py
 Hardware:  2 CPU cores
