@@ -61,8 +61,7 @@ def _by_case(figure: Figure, panels: Panels, label: str, baselines: Sequence[str
         for summary in line:
             row, style = cases.index(summary.trial.labels[label]), _STYLES[summary.sample.family]
             axes.plot(100 * np.array(summary.accuracies), [row] * summary.seeds, **style | {"marker": "."}, alpha=0.35)
-            spread = [100 * np.nan_to_num(summary.accuracy_interval)]
-            axes.errorbar([100 * summary.accuracy_mean], [row], xerr=spread, capsize=3, markersize=5, **style)
+            axes.errorbar([100 * summary.accuracy_mean], [row], xerr=_spread(summary), capsize=3, markersize=5, **style)
             if summary.trial.labels[label] in baselines:
                 axes.axvline(100 * summary.accuracy_mean, color=style["color"], linestyle="--", linewidth=0.8)
         axes.set_yticks(range(len(cases)), cases if index % shape[1] == 0 else [""] * len(cases), fontsize=8)
@@ -87,6 +86,10 @@ def _against_bytes(figure: Figure, panels: Panels, label: str, shape: tuple[int,
 
 def _point(axes: Axes, summary: Summary, name: str) -> None:
     x, y = summary.sample.bytes_full_ffn / 1e6, 100 * summary.accuracy_mean
-    spread = [100 * np.nan_to_num(summary.accuracy_interval)]
-    axes.errorbar([x], [y], yerr=spread, capsize=3, markersize=5, **_STYLES[summary.sample.family])
+    axes.errorbar([x], [y], yerr=_spread(summary), capsize=3, markersize=5, **_STYLES[summary.sample.family])
     axes.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=6)
+
+
+def _spread(summary: Summary) -> list[float] | None:
+    """Half an interval in points; a single seed has none."""
+    return [100 * summary.accuracy_interval] if summary.seeds > 1 else None

@@ -163,6 +163,10 @@ class Config:
         loss = self.loss if self.loss.distillation else dataclasses.replace(self.loss, teacher="")
         return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **ignored), loss=loss)
 
+    def without_seeds(self) -> "Config":
+        """Returns the same run with both seeds, its own and that of the images, 0: equal for runs of one kind."""
+        return dataclasses.replace(self, seed=0, data=dataclasses.replace(self.data, seed=0))
+
     def digest(self) -> str:
         """Returns 12 hexadecimal digits that name this configuration."""
         text = json.dumps(self.to_dict(), sort_keys=True)
@@ -183,13 +187,17 @@ def resolve(raw: Mapping[str, Any]) -> Config:
 
     `raw["model"]` names a `variant` (`bvit_jax.model_config.VARIANTS`); a field of its shape that is present and not
     None replaces the variant's. Channels, classes and, where none is given, the image size come from the data, whose
-    fixed properties are filled in here. An `expert_multiplier` of the optimiser that is None is that of the family.
+    fixed properties are filled in here; a `seed` of the data of -1 is that of the run. An `expert_multiplier` of the
+    optimiser that is None is that of the family.
 
     Raises:
         ConfigError: for a field that is unknown, missing, of the wrong type or impossible.
     """
     sections = dict(raw)
-    data = _build(DataConfig, "data", with_fixed(_section(sections, "data")))
+    raw_data = with_fixed(_section(sections, "data"))
+    if raw_data.get("seed") == -1:
+        raw_data["seed"] = sections.get("seed")
+    data = _build(DataConfig, "data", raw_data)
     model = _section(sections, "model")
     variant = model.pop("variant", None)
     require(isinstance(variant, str) and variant in VARIANTS, "model.variant", variant, " or ".join(VARIANTS))

@@ -36,8 +36,10 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Formats rows of the same columns, at least one, as CSV with a header; None is an empty cell."""
+    """Formats rows of the same columns as CSV with a header, nothing if there are none; None is an empty cell."""
     text = io.StringIO()
+    if not rows:
+        return ""
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:

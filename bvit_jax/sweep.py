@@ -68,8 +68,8 @@ class Trial:
 
     @property
     def group(self) -> str:
-        """Digest of the configuration but for its seed: equal for the trials that a mean is taken over."""
-        return dataclasses.replace(self.config, seed=0).digest()
+        """Digest of the configuration but for its seeds: equal for the trials that a mean is taken over."""
+        return self.config.without_seeds().digest()
 
     @property
     def steps_done(self) -> int:

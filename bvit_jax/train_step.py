@@ -98,7 +98,7 @@ def make_init_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
 
     With `config.start_from` it is (key, parameters of that run) -> state.
     """
-    return _make_init_step(dataclasses.replace(config, seed=0), placement)
+    return _make_init_step(config.without_seeds(), placement)
 
 
 @functools.lru_cache(maxsize=4)
@@ -175,7 +175,7 @@ def make_train_step(config: Config, placement: Placement, teacher: ModelConfig |
     """
     distillation = config.loss.distillation
     require(distillation == 0 or teacher is not None, "loss.distillation", distillation, "0 where no teacher is given")
-    return _make_train_step(dataclasses.replace(config, seed=0), placement, teacher)
+    return _make_train_step(config.without_seeds(), placement, teacher)
 
 
 @functools.lru_cache(maxsize=4)

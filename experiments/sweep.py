@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -38,6 +39,7 @@ from bvit_jax import (
     sharding,
     storage,
     sweep,
+    tuning,
 )
 from bvit_jax import workdir as workdirs
 from bvit_jax.failures import Failures
@@ -46,7 +48,7 @@ from experiments import data_flags, entry, tables
 
 _DEFAULT_CONFIG = str(Path(__file__).parent.parent / "configs" / "sweep_digits.py")
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", _DEFAULT_CONFIG, "The sweep: base and grid; if wanted cases, compare, memory_base."
+    "config", _DEFAULT_CONFIG, "The sweep: base and grid; if wanted cases, compare, choose, memory_base."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's directory; runs/NAME_OF_CONFIG if left out.")
 flags.adopt_module_key_flags(data_flags)
@@ -54,7 +56,7 @@ _JOBS = flags.DEFINE_integer("jobs", 0, "Trials at a time; 0: one per core on CP
 _RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run again the trials that failed in an earlier call.")
 
 OUTPUTS = (
-    *("trials", "errors", "results.csv", "comparisons.csv", "summary.md", "plots"),
+    *("trials", "errors", "results.csv", "comparisons.csv", "tuning.csv", "summary.md", "plots"),
     *("config.json", "checkpoints", "metrics.jsonl"),
 )
 LOCK_PATIENCE_SECONDS = 1.0
@@ -77,9 +79,12 @@ def main(argv: Sequence[str]) -> None:
     workdir = Path(_WORKDIR.value or Path("runs") / name)
     print(f"workdir: {workdir}")
     trials = grid.expand(raw["base"], raw["grid"], workdir, raw.get("cases", (({}, {}),)))
-    compare = _Compare(**raw["compare"]) if "compare" in raw else None
+    compare = _section(raw, "compare", ("label", "baselines"))
+    choose = _section(raw, "choose", ("kind", "setting"))
     if compare:
-        comparison.check(compare.label, compare.baselines, trials)
+        comparison.check(**compare, trials=trials)
+    if choose:
+        tuning.check(**choose, trials=trials)
     memory_base = config.resolve(raw["memory_base"]) if "memory_base" in raw else None
     platform = executor.probe_platform()
     for trial in trials:
@@ -92,18 +97,17 @@ def main(argv: Sequence[str]) -> None:
             print(f"taking over from {dead}, which ended without letting go")
         for name, found in images.items():
             run_images.claim(workdir, name, found)
-        report = _Report(trials, Failures(workdir / failures.FOLDER), workdir, compare)
+        report = _Report(trials, Failures(workdir / failures.FOLDER), workdir, compare, choose)
         if memory_base is not None:
             report.draw_memory(memory_base)
         _run(report, _JOBS.value or platform.default_jobs, notice)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Compare:
-    """Cases to compare the others with: values of one label."""
-
-    label: str
-    baselines: Sequence[str]
+def _section(raw: dict[str, Any], name: str, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Returns a section of the configuration that may be absent, or be these fields."""
+    section = raw.get(name, {})
+    require(not section or section.keys() == set(fields), f"config.{name}", section, f"of {' and '.join(fields)}")
+    return dict(section)
 
 
 def _run(report: "_Report", jobs: int, notice: preemption.Notice) -> None:
@@ -135,12 +139,18 @@ class _Report:
     """The sweep's tables and pictures; what cannot be written does not end the sweep."""
 
     def __init__(
-        self, trials: Sequence[sweep.Trial], failed: Failures, workdir: Path, compare: _Compare | None
+        self,
+        trials: Sequence[sweep.Trial],
+        failed: Failures,
+        workdir: Path,
+        compare: dict[str, Any],
+        choose: dict[str, Any],
     ) -> None:
         self.trials = trials
         self.failed = failed
         self.workdir = workdir
         self._compare = compare
+        self._choose = choose
         self._unwritten: dict[str, OSError] = {}
 
     def show_ended(self, trial: sweep.Trial) -> None:
@@ -160,10 +170,13 @@ class _Report:
             files.write_rows(self.workdir / "results.csv", [dataclasses.asdict(row) for row in rows])
             text = sweep.to_markdown(summaries, rows)
             if self._compare:
-                found = comparison.compare(self.trials, rows, self._compare.label, self._compare.baselines)
-                if found:
-                    files.write_rows(self.workdir / "comparisons.csv", [dataclasses.asdict(row) for row in found])
-                text += comparison.to_markdown(found, self._compare.label)
+                found = comparison.compare(self.trials, rows, **self._compare)
+                files.write_rows(self.workdir / "comparisons.csv", [dataclasses.asdict(row) for row in found])
+                text += comparison.to_markdown(found, self._compare["label"])
+            if self._choose:
+                scores = tuning.choose(self.trials, rows, **self._choose)
+                files.write_rows(self.workdir / "tuning.csv", [dataclasses.asdict(score) for score in scores])
+                text += tuning.to_markdown(scores)
             files.write_text(self.workdir / "summary.md", text)
         return summaries
 
@@ -171,7 +184,7 @@ class _Report:
         """Draws accuracy and bytes of the finished trials."""
         with self._goes_on("plots"):
             if self._compare:
-                case_plots.draw(summaries, self._compare.label, self._compare.baselines, self.workdir / "plots")
+                case_plots.draw(summaries, **self._compare, directory=self.workdir / "plots")
             else:
                 plots.sweep_plots(summaries, self.workdir / "plots")
 

@@ -19,7 +19,8 @@ def scored(trial: sweep.Trial, accuracy: float | None) -> sweep.ResultRow:
     row = sweep.result_row(trial)
     if accuracy is None:
         return row
-    return dataclasses.replace(row, status="ok", test_accuracy=accuracy, test_nll=1 - accuracy)
+    others = {"test_nll": 1 - accuracy, "val_accuracy": accuracy / 2}
+    return dataclasses.replace(row, status="ok", test_accuracy=accuracy, **others)
 
 
 def test_differences_are_paired_by_seed_and_by_hand() -> None:
@@ -40,13 +41,29 @@ def test_differences_are_paired_by_seed_and_by_hand() -> None:
     assert pairs.accuracy_interval == pytest.approx(12.7062 * 0.05, rel=1e-5)
     assert pairs.nll == pytest.approx(-0.15)
     assert pairs.nll_interval == pytest.approx(12.7062 * 0.05, rel=1e-5)
+    assert (pairs.val_accuracy, few.val_accuracy) == pytest.approx((0.075, -0.125))
+    assert pairs.val_accuracy_interval == pytest.approx(12.7062 * 0.025, rel=1e-5)
     assert pairs.baseline_accuracy == pytest.approx(0.55)
     assert (few.where, few.accuracy, few.accuracy_interval, few.nll_interval) == ("few", -0.25, None, None)
     lines = [line for line in comparison.to_markdown([pairs, few], "kind").splitlines() if line.startswith("| ")]
     assert lines[1:] == [
-        "| pairs | mixture | 2 | +15.00 ± 63.53 | -0.150 ± 0.635 | 55.00 |",
-        "| few | mixture | 1 | -25.00 | +0.250 | 50.00 |",
+        "| pairs | mixture | 2 | +15.00 ± 63.53 | -0.150 ± 0.635 | +7.50 ± 31.77 | 55.00 |",
+        "| few | mixture | 1 | -25.00 | +0.250 | -12.50 | 50.00 |",
     ]
+
+
+def test_trials_are_paired_by_both_seeds() -> None:
+    def of_split(kind: str, seed: int, split: int) -> sweep.Trial:
+        trial = make("few", kind, seed, **{"data.seed": split})
+        data = dataclasses.replace(trial.config.data, seed=split)
+        return dataclasses.replace(trial, config=dataclasses.replace(trial.config, data=data))
+
+    trials = [of_split("dense", 0, 0), of_split("dense", 0, 1), of_split("mixture", 0, 1), of_split("mixture", 1, 1)]
+    rows = [scored(trial, accuracy) for trial, accuracy in zip(trials, (0.1, 0.5, 0.75, 0.9), strict=True)]
+    [found] = comparison.compare(trials, rows, "kind", ["dense"])
+    assert (found.where, found.seeds, found.accuracy) == ("few", 1, 0.25)
+    # A mean is over both seeds too.
+    assert [summary.seeds for summary in sweep.summarise(trials, rows)] == [2, 2]
 
 
 def test_only_what_is_equal_but_for_the_label_is_compared() -> None:

@@ -195,7 +195,7 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("optimizer.final_learning_rate", 0.5, "0 to learning_rate = 0.003"),
         ("optimizer.final_learning_rate", -0.5, "0 to learning_rate = 0.003"),
         ("optimizer.ema_decay", 1.0, "0 to under 1"),
-        ("data.seed", -1, "0 or more"),
+        ("data.seed", -2, "0 or more"),
         ("data.image_size", 0, "at least 1"),
         ("data.channels", 0, "at least 1"),
         ("data.num_classes", 0, "at least 1"),

@@ -1,13 +1,14 @@
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bvit_jax import comparison, sweep
+from bvit_jax import comparison, memory, sweep, tuning
 from bvit_jax import grid as grids
 from bvit_jax.config import resolve
 from bvit_jax.model_config import ConfigError
-from configs import digits, studies
+from configs import digits, parity, parity_tuning, studies, teachers
 from tests.test_config import SWEEPS
 
 
@@ -168,10 +169,11 @@ def test_every_sweep_of_configs_can_be_run(tmp_path, name):
     trials = grids.expand(raw["base"], raw["grid"], tmp_path, raw.get("cases", (({}, {}),)))
     assert len(trials) > 1
     if "compare" in raw:
-        comparison.check(raw["compare"]["label"], raw["compare"]["baselines"], trials)
-        # No case is another one in disguise.
-        cases = len(raw["cases"]) * len(raw["grid"]["seed"])
-        assert len(trials) == cases
+        comparison.check(**raw["compare"], trials=trials)
+    if "choose" in raw:
+        tuning.check(**raw["choose"], trials=trials)
+    if "cases" in raw:  # no case is another one in disguise
+        assert len(trials) == len(raw["cases"]) * len(raw["grid"]["seed"])
 
 
 def test_cases_are_all_combinations_the_last_label_outweighing_the_first():
@@ -184,3 +186,35 @@ def test_cases_are_all_combinations_the_last_label_outweighing_the_first():
         ({"bed": "b", "kind": "c"}, {"model": {"x": 2}, "steps": 3}),
         ({"bed": "b", "kind": "d"}, {}),
     )
+
+
+def test_the_images_can_follow_the_seed_of_the_run(tmp_path):
+    case = ({"bed": "few"}, {"data": {"name": "few_digits"}})
+    found = grids.expand(base(), {"seed": (3, 5), "data": {"seed": (-1,)}}, tmp_path, [case])
+    assert [(trial.config.seed, trial.config.data.seed) for trial in found] == [(3, 3), (5, 5)]
+    assert len({trial.group for trial in found}) == 1
+
+
+def test_teachers_are_where_their_sweep_leaves_them():
+    raw = teachers.get_config().to_dict()
+    trials = grids.expand(raw["base"], raw["grid"], Path("runs/teachers"), raw["cases"])
+    assert {trial.labels["bed"]: str(trial.directory) for trial in trials} == {
+        bed: teachers.directory(bed) for bed in studies.BEDS
+    }
+
+
+def test_dense_models_of_equal_bytes_have_equal_bytes():
+    raw = parity.get_config().to_dict()
+    trials = grids.expand(raw["base"], {}, Path("runs"), raw["cases"])
+    sizes = {trial.labels["kind"]: memory.ledger(trial.config).bytes_full_ffn for trial in trials}
+    for experts in parity.EQUAL_BYTES:
+        assert sizes[f"dense, bytes of butterfly {experts}"] == pytest.approx(sizes[f"butterfly {experts}"], rel=0.01)
+
+
+def test_parity_takes_what_tuning_offers():
+    offered = {
+        "dense": parity_tuning.OF_DENSE,
+        **dict.fromkeys(("standard", "ternary", "butterfly"), parity_tuning.OF_MIXTURES),
+    }
+    for family, tuned in parity.TUNED.items():
+        assert {"optimizer": tuned} in offered[family].values()
