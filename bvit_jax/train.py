@@ -331,10 +331,18 @@ class _Run:
         return result
 
     def _experts(self, params: Any, found: evaluate.Evaluation) -> dict[str, Any]:
-        """Returns what the result says of the experts, on the test split; nothing if there is no mixture."""
+        """Returns what the result says of the experts, on the test split; nothing if there is no mixture.
+
+        It takes memory that training did not, and what is trained is reported without it if there is not enough.
+        """
         config, split = self.config, self.stepper.dataset.test
         rest = config.batch_size, self.placement, config.seed, self._stop_if_told
-        use = expert_use.measure(params, config.model, split, found, *rest)
+        try:
+            use = expert_use.measure(params, config.model, split, found, *rest)
+        except jax.errors.JaxRuntimeError as error:
+            gist = str(error).partition("\n")[0]
+            self.journal.warn("experts", config.total_steps, f"whether experts differ could not be measured: {gist}")
+            return {}
         return {} if use is None else {"experts": use.to_dict()}
 
     def _best_state(self, best: dict[str, Any], log: str, writer: Checkpoints) -> TrainState:

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import subprocess
 import sys
@@ -259,3 +260,15 @@ def test_the_name_and_a_patch_size_make_a_configuration_of_another_one_a_bed(nam
 def test_what_a_bed_fixes_cannot_be_changed(field):
     with pytest.raises(ConfigError, match=f"^data.{field} = 7: it must be .*, which digit_pairs fixes$"):
         made("digit_pairs", **{field: 7})
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [("few_digits", "da9c0a25d0b6df62"), ("digit_pairs", "cfa9a9de60f59014"), ("photo_patches", "503238a65f937f66")],
+)
+def test_the_images_are_those_that_accuracies_were_reported_of(name, digest):
+    """Whoever changes them makes older runs of the same configuration incomparable: give the bed another name."""
+    hashed = hashlib.sha256()
+    for split in splits(made(name)):
+        hashed.update(split.images.tobytes() + split.labels.tobytes())
+    assert hashed.hexdigest()[:16] == digest

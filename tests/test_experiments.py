@@ -1,6 +1,7 @@
 """The entry points, started as a user starts them."""
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -11,6 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from bvit_jax import files, grid
+from bvit_jax import workdir as workdirs
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--config.total_steps=6", "--config.log_every=2", "--config.eval_every=3", "--config.optimizer.warmup_steps=2"]
@@ -103,6 +107,67 @@ def test_formats_are_in_the_help_of_all_that_take_them():
     for name in ("export", "evaluate", "memory"):
         shown = start(f"experiments.{name}", "--help").stdout
         assert all(f"--{flag}" in shown for flag in ("router", "backbone", "experts_format", "trits"))
+
+
+CASES = """
+import ml_collections
+from configs import studies
+
+KINDS = {"dense": {"model": {"family": "dense"}}, "mixture": {"model": {"num_experts": 4}}}
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.base = studies.base()
+    config.grid = ml_collections.ConfigDict({"seed": (0, 1)})
+    config.cases = studies.cases(bed=studies.of("few_digits"), kind=KINDS)
+    config.compare = ml_collections.ConfigDict({"label": "kind", "baselines": ("dense",)})
+    config.choose = ml_collections.ConfigDict({"kind": "bed", "setting": "kind"})
+    return config
+"""
+
+
+def test_a_sweep_of_cases_compares_and_chooses(tmp_path, monkeypatch):
+    (tmp_path / "cases.py").write_text(CASES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    raw = importlib.import_module("cases").get_config().to_dict()
+    workdir = tmp_path / "sweep"
+    workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, ())
+    # Finished trials, so that none is trained: 0.5 and 0.625 of dense models, 0.75 and 0.875 of mixtures.
+    for number, trial in enumerate(grid.expand(raw["base"], raw["grid"], workdir, raw["cases"])):
+        seed, is_mixture = divmod(number, 2)
+        accuracy = 0.5 + 0.25 * is_mixture + 0.125 * seed
+        result = {"test_accuracy": accuracy, "test_nll": 1 - accuracy, "validation_accuracy": accuracy}
+        trial.directory.mkdir(parents=True)
+        files.write_json(trial.directory / "result.json", result)
+    run = start("experiments.sweep", f"--config={tmp_path / 'cases.py'}", f"--workdir={workdir}")
+    assert run.returncode == 0, run.stderr
+    [compared] = json.loads((workdir / "comparisons.json").read_text())
+    assert (compared["where"], compared["case"], compared["seeds"]) == ("few_digits", "mixture", 2)
+    assert (compared["accuracy"], compared["accuracy_interval"], compared["val_accuracy"]) == (0.25, 0.0, 0.25)
+    scores = json.loads((workdir / "tuning.json").read_text())
+    assert [(score["setting"], score["chosen"]) for score in scores] == [("dense", False), ("mixture", True)]
+    summary = (workdir / "summary.md").read_text()
+    assert "| few_digits | mixture | 2 | +25.00 ± 0.00 | -0.250 ± 0.000 | +25.00 ± 0.00 | 56.25 |" in summary
+    assert "| few_digits | mixture | 2 of 2 | 81.25 | best |" in summary
+    assert sorted(path.name for path in (workdir / "plots").iterdir()) == ["cases.png", "cases_vs_bytes.png"]
+    assert not (workdir / "memory_totals.csv").exists()  # no memory_base
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.compare.label=family", "compare.label = 'family': it must be bed or kind"),
+        ("--config.compare.baselines=('moe',)", "compare.baselines = 'moe': it must be dense or mixture"),
+        ("--config.choose.kind=family", "choose.kind = 'family': it must be bed or kind"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused_at_once(tmp_path, flag, message):
+    (tmp_path / "cases.py").write_text(CASES)
+    run = start("experiments.sweep", f"--config={tmp_path / 'cases.py'}", f"--workdir={tmp_path / 'sweep'}", flag)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "sweep").exists()
 
 
 def children_of(pid: int) -> list[int]:

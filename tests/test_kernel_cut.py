@@ -140,6 +140,7 @@ def test_strip_counts_by_hand() -> None:
     assert cutting._strip_counts(butterfly.make_stages(2048, 2, "ascending"), 2048) == [1]
     assert cutting._strip_counts(butterfly.make_stages(640, 8), 640) == [1]  # odd stages
     assert cutting._strip_counts(butterfly.make_stages(640, 9), 640) == [1]
+    assert cutting._strip_counts((), 512) == [1, 2, 4]  # no rotation links channels: any strips of whole registers
 
 
 # What does not fit

@@ -39,7 +39,8 @@ def sides_of(config: ModelConfig) -> list[oracles.Side]:
     }[config.form]
     sides = []
     for name, dim in named:
-        depth = min(config.num_stages, butterfly.max_stages(dim))
+        hidden = name in ("up_phi", "down_theta") or name == ("theta" if config.form == "reference" else "phi")
+        depth = 0 if hidden and config.rotations == "outer" else min(config.num_stages, butterfly.max_stages(dim))
         sides.append(oracles.Side(name, depth, config.stride_order, inverse and config.form != "reference"))
         inverse = not inverse
     return sides
@@ -61,6 +62,8 @@ class Case:
         self.dy = normal(*lead, config.top_k, f if config.form == "reference" else d)
         self.params: dict[str, np.ndarray] = {}
         for side, dim in zip(sides_of(config), (d, f, f, d), strict=False):
+            if not side.num_stages:
+                continue
             size = config.num_experts, oracles.count_angles(dim, side.num_stages, side.order)
             self.params[f"{side.name}_angles"] = rng.uniform(-3, 3, size).astype(np.float32)
         if config.form == "separate":
@@ -75,7 +78,8 @@ class Case:
         """Outputs, gradients of tokens and of parameters."""
         sides, (p, x, dy) = sides_of(self.config), jax.tree.map(oracles.float64, (self.params, self.x, self.dy))
         top_k, num_rows = self.config.top_k, self.expert.size
-        angles = {side.name: p[f"{side.name}_angles"] for side in sides}
+        none = np.zeros((self.config.num_experts, 0))
+        angles = {side.name: p.get(f"{side.name}_angles", none) for side in sides}
         x_TxD, expert_TxK = x.reshape(-1, x.shape[-1]), self.expert.reshape(-1, top_k)
         if self.config.form == "reference":
             weights = [p["prototype"], np.zeros(self.config.d_ff)]
@@ -91,7 +95,7 @@ class Case:
             )
             d_params = {"up_bias": d[1], "down_bias": d[3]}
             d_params |= {"prototype": d[0] + d[2].T} if self.config.form == "tied" else {names[0]: d[0], names[1]: d[2]}
-        d_params |= {f"{name}_angles": table for name, table in d_angles.items()}
+        d_params |= {f"{name}_angles": table for name, table in d_angles.items() if table.size}
         return y.reshape(dy.shape), dx.reshape(x.shape), d_params
 
 
@@ -127,6 +131,8 @@ def distinct(tokens: int, top_k: int, experts: int, seed: int = 0) -> np.ndarray
 
 
 LARGE = {"d_model": 128, "d_ff": 256}
+TWO_WAYS = ("separate", "tied")
+OUTER = {"rotations": "outer"}
 PATHS: dict[str, dict[str, object]] = {
     **{
         f"{path}, {form}": {"dispatch": path, "form": form}
@@ -134,7 +140,7 @@ PATHS: dict[str, dict[str, object]] = {
         for form in ("separate", "tied", "reference")
         if path != "auto" or form == "tied"
     },
-    **{f"fused, {form}": {"dispatch": "fused", "form": form, **LARGE} for form in ("separate", "tied")},
+    **{f"fused, {form}": {"dispatch": "fused", "form": form, **LARGE} for form in TWO_WAYS},
     "blocks, bfloat16": {"dispatch": "blocks", "compute_dtype": "bfloat16"},
     "rows, bfloat16": {"dispatch": "rows", "compute_dtype": "bfloat16"},
     "fused, bfloat16": {"dispatch": "fused", "compute_dtype": "bfloat16", **LARGE},
@@ -142,6 +148,13 @@ PATHS: dict[str, dict[str, object]] = {
     "blocks, ascending, tied": {"dispatch": "blocks", "form": "tied", "stride_order": "ascending", "d_ff": 64},
     "blocks, full depth": {"dispatch": "blocks", "d_model": 24, "d_ff": 40, "num_stages": 6},
     "fused, ascending, tied": {"dispatch": "fused", "form": "tied", "stride_order": "ascending", **LARGE},
+    **{
+        f"{path}, {form}, outer": {"dispatch": path, "form": form, **OUTER}
+        for path, form in (("rows", "separate"), ("rows", "reference"), ("blocks", "separate"), ("blocks", "tied"))
+    },
+    **{
+        f"fused, {form}, outer": {"dispatch": "fused", "form": form, **LARGE, "rotations": "outer"} for form in TWO_WAYS
+    },
     "blocks, narrower within": {"dispatch": "blocks", "d_model": 20, "d_ff": 6, "num_stages": 3},
     "blocks, reference, narrower": {"dispatch": "blocks", "form": "reference", "d_model": 20, "d_ff": 6},
 }

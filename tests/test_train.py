@@ -444,6 +444,18 @@ def test_a_damaged_result_is_made_again(finished, tmp_path, capsys, content):
     assert json.loads((tmp_path / "result.json").read_text())["seed"] == 0
 
 
+def test_a_run_whose_experts_cannot_be_measured_is_reported_all_the_same(finished, tmp_path, monkeypatch, capsys):
+    def out_of_memory(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 12 GB\nof all sorts")
+
+    config, _, expected = finished
+    monkeypatch.setattr(expert_use, "measure", out_of_memory)
+    result = train.run(config, tmp_path, show_progress=False)
+    assert without_timing(result) | {"experts": expected["experts"]} == without_timing(expected)
+    assert "experts" not in json.loads((tmp_path / "result.json").read_text())
+    assert "whether experts differ could not be measured: RESOURCE_EXHAUSTED: 12 GB\n" in capsys.readouterr().out
+
+
 def test_dead_experts_are_warned_of_with_their_numbers(tmp_path, capsys):
     # 64 experts share 985 tokens, and routers that learn a thousand times as fast are soon sure of themselves.
     shape = {"top_k": 1, "patch_size": 4, "num_layers": 1, "d_model": 16, "d_ff": 32}
