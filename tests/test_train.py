@@ -453,7 +453,7 @@ def test_a_run_whose_experts_cannot_be_measured_is_reported_all_the_same(finishe
     result = train.run(config, tmp_path, show_progress=False)
     assert without_timing(result) | {"experts": expected["experts"]} == without_timing(expected)
     assert "experts" not in json.loads((tmp_path / "result.json").read_text())
-    assert "whether experts differ could not be measured: RESOURCE_EXHAUSTED: 12 GB\n" in capsys.readouterr().out
+    assert "whether experts differ could not be measured: RESOURCE_EXHAUSTED: 12 GB\n" in capsys.readouterr().err
 
 
 def test_dead_experts_are_warned_of_with_their_numbers(tmp_path, capsys):
