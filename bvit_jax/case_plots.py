@@ -1,4 +1,4 @@
-"""Pictures of a sweep's cases, a panel for each place where they are compared. MB are decimal, 10^6 bytes."""
+"""Pictures of a sweep's cases, a panel for each place where they are compared. kB are decimal, 1,000 bytes."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bvit_jax import comparison, plots
 from bvit_jax.model_config import Family
@@ -77,7 +78,11 @@ def _against_bytes(figure: Figure, panels: Panels, label: str, shape: tuple[int,
         for summary in line:
             _point(axes, summary, summary.trial.labels[label])
         axes.set_xscale("log")
-        axes.set_xlabel("FFN or mixture layers, all bytes (MB)")
+        axes.margins(x=0.25)  # room for the names
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("FFN or mixture layers, all bytes (kB)")
         if index % shape[1] == 0:
             axes.set_ylabel("test accuracy (%)")
         axes.set_title(place, fontsize=9)
@@ -85,7 +90,7 @@ def _against_bytes(figure: Figure, panels: Panels, label: str, shape: tuple[int,
 
 
 def _point(axes: Axes, summary: Summary, name: str) -> None:
-    x, y = summary.sample.bytes_full_ffn / 1e6, 100 * summary.accuracy_mean
+    x, y = summary.sample.bytes_full_ffn / 1e3, 100 * summary.accuracy_mean
     axes.errorbar([x], [y], yerr=_spread(summary), capsize=3, markersize=5, **_STYLES[summary.sample.family])
     axes.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=6)
 

@@ -57,4 +57,4 @@ def test_bytes_are_those_of_the_mixture_layers() -> None:
     figure = Figure()
     case_plots._against_bytes(figure, {"few": [found]}, "kind", (1, 1))
     [[x, y]] = figure.axes[0].containers[0].lines[0].get_xydata()
-    assert (x, y) == (found.sample.bytes_full_ffn / 1e6, pytest.approx(70))
+    assert (x, y) == (found.sample.bytes_full_ffn / 1e3, pytest.approx(70))
