@@ -23,7 +23,7 @@ from bvit_jax.model_config import ModelConfig
 from bvit_jax.sharding import Placement
 
 PAIRS = 16_384
-"""Pairs of a token and an expert, of each layer, that the cosine is taken over: as many rows as the layer is given."""
+"""Rows, a token and an expert each, that the cosine of a layer is taken over."""
 _IMAGES = 64
 """Images that the tokens are of, at most: with few experts more tokens of each image, not more images."""
 _TINY = 1e-30
@@ -121,7 +121,7 @@ def measure(
         return ExpertUse(evaluation.accuracy, used_M)
 
     def accuracy_with(source_MxE: np.ndarray) -> float:
-        moved = with_experts(params, config, source_MxE, placement)
+        moved = rearranged(params, config, source_MxE, placement)
         return evaluate.evaluate(moved, config, split, batch_size, placement, between).accuracy
 
     most_used_Mx1 = np.argmax(evaluation.load_MxE, axis=1, keepdims=True)
@@ -153,7 +153,7 @@ def derangements(layers: int, num_experts: int, seed: int) -> np.ndarray:
     return source_MxE
 
 
-def with_experts(params: Any, config: ModelConfig, source_MxE: np.ndarray, placement: Placement) -> Any:
+def rearranged(params: Any, config: ModelConfig, source_MxE: np.ndarray, placement: Placement) -> Any:
     """Returns parameters in which expert e of mixture layer m is expert source_MxE[m, e]; all else is as it was.
 
     Args:

@@ -192,7 +192,7 @@ def test_blocks_are_dealt_60_15_25_and_all_of_them():
 
 def test_a_photograph_with_too_little_to_see_is_refused(monkeypatch):
     monkeypatch.setattr(beds, "photographs", lambda: [np.zeros((64, 64), np.uint8)] * 12)
-    with pytest.raises(ValueError, match="10 patches are wanted of a photograph that has 0 places"):
+    with pytest.raises(ConfigError, match="a photograph has 0 places for 10 patches"):
         made("photo_patches")
 
 

@@ -156,7 +156,7 @@ def test_experts_are_moved_layer_by_layer_and_nothing_else(family, form, layers)
     config = make_model(family=family, form=form, num_layers=7, moe_layers=layers)
     params = random_params(config)
     source = np.random.default_rng(2).integers(0, 4, (sum(config.is_moe_by_layer), 4))
-    moved = expert_use.with_experts(params, config, source, sharding.place(config, 8))
+    moved = expert_use.rearranged(params, config, source, sharding.place(config, 8))
     own = ("up_kernel", "up_bias", "down_kernel", "down_bias") if config.stores_experts else ()
     for before, after, from_E in zip(ffn_of(params, config), ffn_of(moved, config), source, strict=True):
         for name, leaf in before.items():
@@ -170,7 +170,7 @@ def test_experts_are_moved_layer_by_layer_and_nothing_else(family, form, layers)
 def test_experts_that_take_their_routes_along_are_the_same_model(made):
     config, images = made.config, made.split.images
     source = expert_use.derangements(sum(config.is_moe_by_layer), 4, 0)
-    moved = expert_use.with_experts(made.params, config, source, made.placement)
+    moved = expert_use.rearranged(made.params, config, source, made.placement)
     logits, _ = apply(config, made.params, images)
     assert jnp.abs(apply(config, moved, images)[0] - logits).max() > 1e-2
     moved = jax.tree.map(np.array, moved)
@@ -182,7 +182,7 @@ def test_experts_that_take_their_routes_along_are_the_same_model(made):
 
 def test_alike_experts_have_cosine_1_and_lose_nothing_to_the_bit(made):
     layers = sum(made.config.is_moe_by_layer)
-    alike = expert_use.with_experts(made.params, made.config, np.full((layers, 4), 2), made.placement)
+    alike = expert_use.rearranged(made.params, made.config, np.full((layers, 4), 2), made.placement)
     found = made.measured(alike)
     assert 0 < found.accuracy < 1  # labels are of the experts that differ
     assert found.cosine_M == pytest.approx([1] * layers, abs=1e-5)
@@ -194,7 +194,7 @@ def test_experts_that_differ_lose_what_their_places_and_number_give(made, whole)
     layers = sum(made.config.is_moe_by_layer)
 
     def accuracy(source_MxE: np.ndarray) -> float:
-        changed = expert_use.with_experts(made.params, made.config, source_MxE, made.placement)
+        changed = expert_use.rearranged(made.params, made.config, source_MxE, made.placement)
         return float((apply(made.config, changed, made.split.images)[0].argmax(axis=1) == made.split.labels).mean())
 
     evaluation = made.evaluated(made.params)
@@ -297,7 +297,7 @@ def of_families() -> dict[str, Any]:
         placement = sharding.place(config, 8)
         places = placement.params(vit.param_axes(config), vit.param_shapes(config))
         params = jax.device_put(random_params(config), places)
-        moved = expert_use.with_experts(params, config, expert_use.derangements(2, 8, 0), placement)
+        moved = expert_use.rearranged(params, config, expert_use.derangements(2, 8, 0), placement)
         assert jax.tree.map(lambda leaf: leaf.sharding, moved) == places
         cosine_M = expert_use.output_cosines(moved, config, random_split(8), placement)
         found[family] = jax.tree.map(np.array, moved), cosine_M
