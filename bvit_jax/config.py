@@ -62,8 +62,6 @@ class OptimizerConfig:
         angle_multiplier, router_multiplier: likewise, of these components.
         angle_freeze_steps: for so many steps angles stay as they started, and for as many again their learning rate
             rises evenly to its full value; fewer than the run has, 0: none.
-        ternary_warmup_steps: for so many steps training goes over from the floats behind ternary matrices to these
-            (`bvit_jax.ternary.approach`); fewer than the run has, 0: they are ternary from the first.
     """
 
     learning_rate: float
@@ -76,13 +74,12 @@ class OptimizerConfig:
     angle_multiplier: float
     router_multiplier: float
     angle_freeze_steps: int
-    ternary_warmup_steps: int
 
     def __post_init__(self) -> None:
         for field in ("learning_rate", "clip_norm"):
             require(getattr(self, field) > 0, f"optimizer.{field}", getattr(self, field), "above 0")
         multipliers = ("expert_multiplier", "angle_multiplier", "router_multiplier")
-        for field in ("warmup_steps", "weight_decay", *multipliers, "angle_freeze_steps", "ternary_warmup_steps"):
+        for field in ("warmup_steps", "weight_decay", *multipliers, "angle_freeze_steps"):
             require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "0 or more")
         peak, final = self.learning_rate, self.final_learning_rate
         require(0 <= final <= peak, "optimizer.final_learning_rate", final, f"0 to learning_rate = {peak}")
@@ -125,7 +122,7 @@ class Config:
             require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
         for field in ("keep_every", "max_skipped_steps"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
-        for field in ("warmup_steps", "angle_freeze_steps", "ternary_warmup_steps"):
+        for field in ("warmup_steps", "angle_freeze_steps"):
             steps = getattr(self.optimizer, field)
             require(steps < self.total_steps, f"optimizer.{field}", steps, f"under total_steps = {self.total_steps}")
         require(
@@ -158,8 +155,6 @@ class Config:
             ignored["expert_multiplier"] = 1.0
         if self.model.family != "butterfly":
             ignored["angle_freeze_steps"] = 0
-        if not self.model.has_ternary_experts or self.model.ternary_scale == "none":
-            ignored["ternary_warmup_steps"] = 0
         loss = self.loss if self.loss.distillation else dataclasses.replace(self.loss, teacher="")
         return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **ignored), loss=loss)
 

@@ -62,21 +62,6 @@ def quantise(w_IxO: jax.Array, kind: ScaleKind = "row") -> jax.Array:
     return straight_through(trits * scale, w_IxO)
 
 
-def approach(w_IxO: jax.Array, kind: ScaleKind, share: jax.Array) -> jax.Array:
-    """Returns w + share * (W_q - w), exactly w at 0 and W_q at 1, with the gradient of the identity.
-
-    Args:
-        w_IxO: as in `ternarise`.
-        kind: likewise.
-        share: float32 (), 0 to 1.
-
-    References:
-        "Fine-tuning LLMs to 1.58bit: extreme quantization made easy", huggingface.co/blog, 2024 (warm-up quantisation).
-    """
-    still = jax.lax.stop_gradient(w_IxO)
-    return straight_through((1 - share) * still + share * quantise(still, kind), w_IxO)
-
-
 def straight_through(rounded: jax.Array, w: jax.Array) -> jax.Array:
     """Returns `rounded`, a rounding of `w` through which no gradient flows, with the gradient of `w`."""
     # w - stop_gradient(w) is exactly zero, so the value is the rounded one to the last bit.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bvit_jax import augment, components, losses, mixing, pixels, sentinels, ternary, upcycling, vit
+from bvit_jax import augment, losses, mixing, pixels, sentinels, upcycling, vit
 from bvit_jax.config import Config, LossConfig
 from bvit_jax.model_config import ModelConfig, require
 from bvit_jax.optimizer import averaged, learning_rate, make_optimizer
@@ -40,11 +40,6 @@ class TrainState:
     average: Any
     opt_state: Any
     sentinel: sentinels.Sentinel
-
-    @property
-    def taken(self) -> jax.Array:
-        """Steps done but for those left out."""
-        return self.step - self.sentinel.skipped
 
     @property
     def evaluated(self) -> Any:
@@ -188,7 +183,6 @@ def _make_train_step(config: Config, placement: Placement, teacher: ModelConfig 
     ) -> tuple[TrainState, Metrics]:
         image_key, train_key = step_keys(key, state.step)
         images_BxHxWxc, mixed = as_seen(config, placement, image_key, images_BxSxSxc, labels_B)
-        model, to_train = _as_trained(config, state)
         teacher_BxC = None
         if teacher is not None:
             with placement.active():
@@ -196,7 +190,7 @@ def _make_train_step(config: Config, placement: Placement, teacher: ModelConfig 
 
         def loss_of(params: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
             with placement.active():
-                logits_BxC, report = vit.apply(model, to_train(params), images_BxHxWxc, train_key=train_key)
+                logits_BxC, report = vit.apply(config.model, params, images_BxHxWxc, train_key=train_key)
             total, parts = total_loss(config.loss, logits_BxC, labels_B, report, mixed, teacher_BxC)
             return total, (parts, logits_BxC)
 
@@ -205,7 +199,7 @@ def _make_train_step(config: Config, placement: Placement, teacher: ModelConfig 
         sentinel, taken = sentinels.watch(state.sentinel, state.step + 1, loss, squared_norms, config.max_skipped_steps)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params, average = optax.apply_updates(state.params, updates), state.average
-        taken_before = state.taken
+        taken_before = state.step - state.sentinel.skipped
         if average is not None:
             average = averaged(average, params, config.optimizer.ema_decay, taken_before)
         before = (state.params, state.average, state.opt_state)
@@ -225,21 +219,6 @@ def _make_train_step(config: Config, placement: Placement, teacher: ModelConfig 
     whole, split, state_place = placement.replicated, placement.batch, state_shardings(config, placement)
     places = (state_place, whole, split, split, *([] if teacher is None else [whole]))
     return jax.jit(step, in_shardings=places, out_shardings=(state_place, whole), donate_argnums=0)
-
-
-def _as_trained(config: Config, state: TrainState) -> tuple[ModelConfig, Callable[[Any], Any]]:
-    """Returns the model to train and what makes its parameters of the run's: the same but in the ternary warm-up."""
-    model, steps = config.model, config.optimizer.ternary_warmup_steps
-    if steps == 0 or model.ternary_scale == "none":
-        return model, lambda params: params
-    kind, share = model.ternary_scale, jnp.minimum(state.taken / steps, 1)
-
-    def approached(path: Any, leaf: jax.Array) -> jax.Array:
-        is_ternary = components.component_of(components.path_of(path)) in ("prototype", "experts")
-        return ternary.approach(leaf, kind, share) if is_ternary else leaf
-
-    unrounded = dataclasses.replace(model, ternary_scale="none")  # the layers are not to round again
-    return unrounded, lambda params: jax.tree_util.tree_map_with_path(approached, params)
 
 
 def step_keys(key: jax.Array, step: jax.Array | int) -> tuple[jax.Array, jax.Array]:

@@ -116,7 +116,6 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "angle_multiplier": 1.0,
             "router_multiplier": 1.0,
             "angle_freeze_steps": 0,
-            "ternary_warmup_steps": 0,
         }
     )
     choose(config, argument, ("butterfly", "8", "separate"))

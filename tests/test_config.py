@@ -102,7 +102,6 @@ OTHER: dict[str, Any] = {
     "optimizer.angle_multiplier": 0.123,
     "optimizer.router_multiplier": 0.123,
     "optimizer.angle_freeze_steps": 1,
-    "optimizer.ternary_warmup_steps": 1,
 }
 
 
@@ -162,8 +161,6 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("optimizer.router_multiplier", -1.0, "0 or more"),
         ("optimizer.angle_freeze_steps", -1, "0 or more"),
         ("optimizer.angle_freeze_steps", 6, "under total_steps = 6"),
-        ("optimizer.ternary_warmup_steps", -1, "0 or more"),
-        ("optimizer.ternary_warmup_steps", 6, "under total_steps = 6"),
         ("loss.label_smoothing", 1.0, "0 to under 1"),
         ("loss.label_smoothing", -0.1, "0 to under 1"),
         ("loss.load_balance", -0.01, "0 or more"),
@@ -405,19 +402,6 @@ def test_only_models_that_have_angles_can_freeze_them():
     frozen = changed("optimizer.angle_freeze_steps", 3)
     assert frozen.optimizer.angle_freeze_steps == 3
     assert frozen.with_experts("standard", "separate", 4).optimizer.angle_freeze_steps == 0
-
-
-def test_only_models_that_are_trained_ternary_have_a_warm_up_of_it():
-    def warmed(**changes: object) -> int:
-        return resolve(raw_config(optimizer__ternary_warmup_steps=3, **changes)).optimizer.ternary_warmup_steps
-
-    assert {family: warmed(model__family=family) for family in get_args(Family)} == {
-        "dense": 0,
-        "standard": 0,
-        "ternary": 3,
-        "butterfly": 3,
-    }
-    assert warmed(model__ternary_scale="none") == 0
 
 
 def test_there_is_a_teacher_where_its_loss_has_weight_and_only_there():

@@ -24,7 +24,6 @@ PLAIN = OptimizerConfig(
     angle_multiplier=1.0,
     router_multiplier=1.0,
     angle_freeze_steps=0,
-    ternary_warmup_steps=0,
 )
 BACKBONE_MATRICES = {
     "head/kernel",

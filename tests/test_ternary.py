@@ -54,22 +54,6 @@ def test_stack_is_quantised_matrix_by_matrix() -> None:
             np.testing.assert_array_equal(scale[index], alone[1])
 
 
-def test_the_way_to_a_ternary_matrix_by_hand() -> None:
-    # By rows HAND becomes [[0, 2], [0, 0], [0.4, -2]]; a quarter of the way there from 0.1 is 0.075, from 3 is 2.75.
-    found = ternary.approach(HAND, "row", jnp.float32(0.25))
-    np.testing.assert_allclose(found, [[0.075, 2.75], [-0.15, 0.75], [0.775, -2.0]], rtol=1e-6)
-    for kind in ternary.SCALE_KINDS:
-        np.testing.assert_array_equal(ternary.approach(HAND, kind, jnp.float32(0)), HAND)
-        np.testing.assert_array_equal(ternary.approach(HAND, kind, jnp.float32(1)), ternary.quantise(HAND, kind))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_the_gradient_on_the_way_to_a_ternary_matrix_is_the_identity(share: float) -> None:
-    weights = np.arange(6, dtype=np.float32).reshape(3, 2)
-    gradient = jax.grad(lambda w: (weights * ternary.approach(w, "row", jnp.float32(share))).sum())(HAND)
-    np.testing.assert_array_equal(gradient, weights)
-
-
 @pytest.mark.parametrize("kind", ternary.SCALE_KINDS)
 def test_scale_has_a_floor(kind: ternary.ScaleKind) -> None:
     trits, scale = ternary.ternarise(jnp.zeros((4, 3)), kind)

@@ -350,53 +350,6 @@ def test_frozen_angles_stay_to_the_bit_and_steps_left_out_do_not_count(batch, pl
     assert jax.tree.structure(shardings) == jax.tree.structure(states[0])
 
 
-TERNARY = [
-    ("butterfly,4,separate", "row", ("up_prototype", "down_prototype")),
-    ("ternary,4", "tensor", ("up_kernel", "down_kernel")),
-]
-
-
-def at(state: TrainState, step: int) -> TrainState:
-    return dataclasses.replace(copy_of(state), step=jnp.int32(step))
-
-
-@pytest.mark.parametrize(("kind", "scale", "names"), TERNARY)
-def test_training_goes_over_to_ternary_matrices_step_by_step(kind, scale, names, batch, placement, key):
-    config = one_layer(kind, model__ternary_scale=scale)
-    warmed = one_layer(kind, model__ternary_scale=scale, optimizer__ternary_warmup_steps=4)
-    floats, state = one_layer(kind, model__ternary_scale="none"), make_state(config)
-    step = train_step.make_train_step(warmed, placement)
-
-    # A quarter of the way after one step, by hand: the model of floats on matrices that are blended outside of it.
-    blended = copy_of(state.params)
-    for name in names:
-        stack = np.asarray(blended["segment_0"]["block_0"]["ffn"][name], np.float64)
-        flat = [0.75 * w + 0.25 * quantised(w, scale) for w in stack.reshape(-1, *stack.shape[-2:])]
-        blended["segment_0"]["block_0"]["ffn"][name] = jnp.asarray(np.reshape(flat, stack.shape), jnp.float32)
-    loss = train_step.make_train_step(floats, placement)(at(state.replace(params=blended), 1), key, *batch)[1]["loss"]
-    np.testing.assert_allclose(step(at(state, 1), key, *batch)[1]["loss"], loss, rtol=1e-5)
-
-    # At first it is the model of floats, in the end the ternary one, gradients included.
-    for number, like in ((0, floats), (4, config), (9, config)):
-        expected = train_step.make_train_step(like, placement)(at(state, number), key, *batch)[1]
-        found = step(at(state, number), key, *batch)[1]
-        for name in ("loss", "grad_norm"):
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
-
-
-def quantised(w: np.ndarray, scale_kind: str) -> np.ndarray:
-    scale = np.abs(w).mean(axis=0 if scale_kind == "row" else None)
-    return np.clip(np.round(w / scale), -1, 1) * scale
-
-
-def test_steps_left_out_do_not_count_in_the_ternary_warm_up(batch, placement, key):
-    config = one_layer("butterfly,4,tied", optimizer__ternary_warmup_steps=4, max_skipped_steps=1)
-    state, step = make_state(config), train_step.make_train_step(config, placement)
-    left_out = state.sentinel.replace(skipped=jnp.int32(1))
-    expected = step(at(state, 2), key, *batch)[1]["loss"]
-    assert float(step(at(state.replace(sentinel=left_out), 3), key, *batch)[1]["loss"]) == float(expected)
-
-
 def test_the_loss_of_mixed_images_is_that_of_both_labels_by_their_shares():
     # Logits (log 3, 0): probabilities 3/4, 1/4. The first image is a quarter its neighbour, and so is the second.
     config = make_loss(label_smoothing=0.0, load_balance=0.0, router_z=0.0, smoothness=0.0)
