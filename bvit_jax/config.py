@@ -60,8 +60,6 @@ class OptimizerConfig:
         ema_decay: of the moving average of the parameters that is evaluated and exported in their place; 0: none is.
         expert_multiplier: of the learning rate of the experts' matrices, stored or prototypes (`EXPERT_MULTIPLIERS`).
         angle_multiplier, router_multiplier: likewise, of these components.
-        angle_freeze_steps: for so many steps angles stay as they started, and for as many again their learning rate
-            rises evenly to its full value; fewer than the run has, 0: none.
     """
 
     learning_rate: float
@@ -73,13 +71,12 @@ class OptimizerConfig:
     expert_multiplier: float
     angle_multiplier: float
     router_multiplier: float
-    angle_freeze_steps: int
 
     def __post_init__(self) -> None:
         for field in ("learning_rate", "clip_norm"):
             require(getattr(self, field) > 0, f"optimizer.{field}", getattr(self, field), "above 0")
         multipliers = ("expert_multiplier", "angle_multiplier", "router_multiplier")
-        for field in ("warmup_steps", "weight_decay", *multipliers, "angle_freeze_steps"):
+        for field in ("warmup_steps", "weight_decay", *multipliers):
             require(getattr(self, field) >= 0, f"optimizer.{field}", getattr(self, field), "0 or more")
         peak, final = self.learning_rate, self.final_learning_rate
         require(0 <= final <= peak, "optimizer.final_learning_rate", final, f"0 to learning_rate = {peak}")
@@ -122,9 +119,8 @@ class Config:
             require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
         for field in ("keep_every", "max_skipped_steps"):
             require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
-        for field in ("warmup_steps", "angle_freeze_steps"):
-            steps = getattr(self.optimizer, field)
-            require(steps < self.total_steps, f"optimizer.{field}", steps, f"under total_steps = {self.total_steps}")
+        warmup = self.optimizer.warmup_steps
+        require(warmup < self.total_steps, "optimizer.warmup_steps", warmup, f"under total_steps = {self.total_steps}")
         require(
             self.model.image_size == self.data.image_size,
             "model.image_size",
@@ -153,8 +149,6 @@ class Config:
         ignored: dict[str, Any] = {}
         if self.model.family == "dense":
             ignored["expert_multiplier"] = 1.0
-        if self.model.family != "butterfly":
-            ignored["angle_freeze_steps"] = 0
         loss = self.loss if self.loss.distillation else dataclasses.replace(self.loss, teacher="")
         return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **ignored), loss=loss)
 

@@ -28,8 +28,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Builds the optimiser.
 
-    A component's multiplier scales its whole update, decay included, as a learning rate of its own would. While angles
-    are frozen, Adam's moments of them go on.
+    A component's multiplier scales its whole update, decay included, as a learning rate of its own would.
     """
     multipliers: dict[components.Component, float] = {
         "prototype": config.expert_multiplier,
@@ -42,14 +41,8 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
         optax.scale_by_adam(),
         optax.add_decayed_weights(config.weight_decay, components.decay_mask),
         optax.scale_by_learning_rate(learning_rate(config, total_steps)),
-        *(_of_component(component, optax.scale(factor)) for component, factor in multipliers.items() if factor != 1),
-        *([_of_component("angles", _thawing(config.angle_freeze_steps))] if config.angle_freeze_steps else []),
+        *(_scale_component(component, factor) for component, factor in multipliers.items() if factor != 1),
     )
-
-
-def _thawing(steps: int) -> optax.GradientTransformation:
-    """Scales updates by 0 for so many steps, then by 1 / steps, 2 / steps and so on up to 1."""
-    return optax.scale_by_schedule(lambda done: jnp.clip((done - steps + 1) / steps, 0, 1))
 
 
 def averaged(average: Any, params: Any, decay: float, steps: jax.Array) -> Any:
@@ -69,10 +62,8 @@ def averaged(average: Any, params: Any, decay: float, steps: jax.Array) -> Any:
     return optax.incremental_update(params, average, 1 - kept)
 
 
-def _of_component(
-    component: components.Component, transformation: optax.GradientTransformation
-) -> optax.GradientTransformation:
+def _scale_component(component: components.Component, factor: float) -> optax.GradientTransformation:
     def mask(params: Any) -> Any:
         return jax.tree.map(lambda found: found == component, components.tree_of(params))
 
-    return optax.masked(transformation, mask)
+    return optax.masked(optax.scale(factor), mask)

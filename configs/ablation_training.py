@@ -1,4 +1,4 @@
-"""How rotated experts are best trained: start and learning rates of angles and prototypes, warm-up, decay.
+"""How rotated experts are best trained: start and learning rates of angles and prototypes, decay.
 
 Command:   python -m experiments.sweep --config=configs/ablation_training.py
 Hardware:  2 CPU cores
@@ -21,10 +21,8 @@ VARIANTS: studies.Alternatives = {
     "angle rate x 0.01": {"optimizer": {"angle_multiplier": 0.01}},
     "angle rate x 0.1": {"optimizer": {"angle_multiplier": 0.1}},
     "angle rate x 3": {"optimizer": {"angle_multiplier": 3.0}},
-    "angles frozen at first": {"optimizer": {"angle_freeze_steps": 250}},
     "prototype rate x 1": {"optimizer": {"expert_multiplier": 1.0}},
     "prototype rate x 10": {"optimizer": {"expert_multiplier": 10.0}},
-    "ternary by and by": {"optimizer": {"ternary_warmup_steps": 500}},
     "no weight decay": {"optimizer": {"weight_decay": 0.0}},
 }
 

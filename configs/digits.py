@@ -115,7 +115,6 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "expert_multiplier": config_dict.placeholder(float),  # the family's own where it is not set
             "angle_multiplier": 1.0,
             "router_multiplier": 1.0,
-            "angle_freeze_steps": 0,
         }
     )
     choose(config, argument, ("butterfly", "8", "separate"))

@@ -101,7 +101,6 @@ OTHER: dict[str, Any] = {
     "optimizer.expert_multiplier": 0.123,
     "optimizer.angle_multiplier": 0.123,
     "optimizer.router_multiplier": 0.123,
-    "optimizer.angle_freeze_steps": 1,
 }
 
 
@@ -159,8 +158,6 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("optimizer.expert_multiplier", -1.0, "0 or more"),
         ("optimizer.angle_multiplier", -1.0, "0 or more"),
         ("optimizer.router_multiplier", -1.0, "0 or more"),
-        ("optimizer.angle_freeze_steps", -1, "0 or more"),
-        ("optimizer.angle_freeze_steps", 6, "under total_steps = 6"),
         ("loss.label_smoothing", 1.0, "0 to under 1"),
         ("loss.label_smoothing", -0.1, "0 to under 1"),
         ("loss.load_balance", -0.01, "0 or more"),
@@ -393,15 +390,6 @@ def test_a_dense_model_made_of_another_has_no_multiplier_of_experts():
     config = changed("optimizer.expert_multiplier", 2.0)
     assert config.with_experts("dense", "separate", 1) == changed("model.family", "dense")
     assert config.with_experts("standard", "separate", 4).optimizer == config.optimizer
-
-
-def test_only_models_that_have_angles_can_freeze_them():
-    for family in ("dense", "standard", "ternary"):
-        frozen = resolve(raw_config(model__family=family, optimizer__angle_freeze_steps=3))
-        assert frozen == changed("model.family", family)
-    frozen = changed("optimizer.angle_freeze_steps", 3)
-    assert frozen.optimizer.angle_freeze_steps == 3
-    assert frozen.with_experts("standard", "separate", 4).optimizer.angle_freeze_steps == 0
 
 
 def test_there_is_a_teacher_where_its_loss_has_weight_and_only_there():

@@ -23,7 +23,6 @@ PLAIN = OptimizerConfig(
     expert_multiplier=1.0,
     angle_multiplier=1.0,
     router_multiplier=1.0,
-    angle_freeze_steps=0,
 )
 BACKBONE_MATRICES = {
     "head/kernel",
@@ -207,20 +206,6 @@ def test_a_multiplier_scales_the_updates_of_its_component_alone(family, field, c
             np.testing.assert_allclose(scaled[step][path], factor * update, rtol=1e-6, err_msg=path)
             if factor == 3:
                 assert not still[step][path].any()
-
-
-def test_angles_are_frozen_then_thaw_evenly_and_nothing_else_is():
-    # Two steps of nothing, then a half and the whole: Adam's moments are those of a run that was never frozen.
-    tree = shapes("butterfly", "separate")
-    params, gradients = random_tree(tree, 0), [random_tree(tree, seed) for seed in range(1, 6)]
-    base = dataclasses.replace(PLAIN, weight_decay=0.1, angle_multiplier=3.0)
-    plain = updates(base, params, gradients)
-    found = updates(dataclasses.replace(base, angle_freeze_steps=2), params, gradients)
-    for step, factor in enumerate((0, 0, 0.5, 1, 1)):
-        for path, update in plain[step].items():
-            here = factor if components.component_of(path) == "angles" else 1
-            np.testing.assert_allclose(found[step][path], here * update, rtol=1e-6, err_msg=path)
-            assert np.abs(update).max() > 0
 
 
 def test_multipliers_act_together():

@@ -341,15 +341,6 @@ def test_the_learning_rate_told_is_the_one_of_the_optimiser(batch, placement, ke
     assert rates == pytest.approx([0, 0.25 * 3e-3, 0.25 * 3e-3, 0.5 * 3e-3])
 
 
-def test_frozen_angles_stay_to_the_bit_and_steps_left_out_do_not_count(batch, placement, key):
-    config = one_layer("butterfly,4,tied", optimizer__angle_freeze_steps=2, max_skipped_steps=1)
-    states = taken(config, placement, key, [batch, spoilt(batch), batch, batch])
-    angles = [bits(state.params["segment_0"]["block_0"]["ffn"]["theta_angles"]) for state in states]
-    assert angles[0] == angles[1] == angles[2] == angles[3] != angles[4]
-    shardings = train_step.state_shardings(config, placement)
-    assert jax.tree.structure(shardings) == jax.tree.structure(states[0])
-
-
 def test_the_loss_of_mixed_images_is_that_of_both_labels_by_their_shares():
     # Logits (log 3, 0): probabilities 3/4, 1/4. The first image is a quarter its neighbour, and so is the second.
     config = make_loss(label_smoothing=0.0, load_balance=0.0, router_z=0.0, smoothness=0.0)
