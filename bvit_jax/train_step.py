@@ -3,7 +3,6 @@
 Axes: B batch, H and W pixels, S pixels a side as stored, c channels, C classes, M mixture layers, E experts.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
