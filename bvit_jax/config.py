@@ -26,25 +26,17 @@ class LossConfig:
     Attributes:
         label_smoothing: probability mass spread over all classes, 0 to under 1.
         load_balance, router_z, smoothness: weights of the router's losses, each averaged over the mixture layers.
-        distillation: weight of the divergence from a teacher (`bvit_jax.losses.divergence`), 0 to 1; that of the
-            cross-entropy is what is left.
-        teacher: directory of the finished run, of any model on equal data, whose best parameters teach; empty for none.
     """
 
     label_smoothing: float
     load_balance: float
     router_z: float
     smoothness: float
-    distillation: float
-    teacher: str
 
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "0 to under 1")
         for field in ("load_balance", "router_z", "smoothness"):
             require(getattr(self, field) >= 0, f"loss.{field}", getattr(self, field), "0 or more")
-        require(0 <= self.distillation <= 1, "loss.distillation", self.distillation, "0 to 1")
-        taught = self.distillation == 0 or bool(self.teacher)
-        require(taught, "loss.teacher", self.teacher, "the directory of a run, as loss.distillation is above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +137,11 @@ class Config:
         return dataclasses.replace(self, model=model.canonical()).canonical()
 
     def canonical(self) -> "Config":
-        """Resets the fields that training so ignores, so that equal runs have equal configurations."""
+        """Resets the fields that training such a model ignores, so that equal runs have equal configurations."""
         ignored: dict[str, Any] = {}
         if self.model.family == "dense":
             ignored["expert_multiplier"] = 1.0
-        loss = self.loss if self.loss.distillation else dataclasses.replace(self.loss, teacher="")
-        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **ignored), loss=loss)
+        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **ignored))
 
     def without_seeds(self) -> "Config":
         """Returns the same run with both seeds, its own and that of the images, 0: equal for runs of one kind."""

@@ -32,26 +32,6 @@ def cross_entropy(logits_BxC: jax.Array, labels_B: jax.Array, label_smoothing: f
     return -(1 - label_smoothing) * target - label_smoothing * log_probs.mean(axis=-1)
 
 
-def divergence(teacher_BxC: jax.Array, logits_BxC: jax.Array) -> jax.Array:
-    """Kullback-Leibler divergence of a model's classes from a teacher's, KL(teacher || model), float32 (B,), in nats.
-
-    At a temperature of 1: both distributions are those that the models predict.
-
-    Args:
-        teacher_BxC: logits of the teacher, floating.
-        logits_BxC: of the model.
-
-    Raises:
-        AssertionError: if the shapes are not equal.
-
-    References:
-        Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531, section 2.
-    """
-    chex.assert_equal_shape([teacher_BxC, logits_BxC])
-    theirs, own = (jax.nn.log_softmax(logits.astype(jnp.float32)) for logits in (teacher_BxC, logits_BxC))
-    return jnp.sum(jnp.exp(theirs) * (theirs - own), axis=-1)
-
-
 def load_balance(probs_BxTxE: jax.Array, assignments_E: jax.Array, weight_BxT: jax.Array) -> jax.Array:
     """Load-balance loss E * sum_e f_e * P_e, float32 ().
 

@@ -53,8 +53,7 @@ def find(config: Config) -> list[Source]:
     Raises:
         ConfigError: if one is not there, not finished, cannot be read or is of the wrong kind.
     """
-    starts = [start(config)] if config.start_from else []
-    return starts + ([teacher(config)] if config.loss.distillation else [])
+    return [start(config)] if config.start_from else []
 
 
 def start(config: Config) -> Source:
@@ -73,19 +72,6 @@ def start(config: Config) -> Source:
             config.start_from,
             f"a run of equal shape; its model.{field} is {theirs}, not {own}",
         )
-    return source
-
-
-def teacher(config: Config) -> Source:
-    """Finds the run whose model teaches this one's; errors as of `find`."""
-    source = _finished("loss.teacher", config.loss.teacher)
-    # How images are read is not which they are.
-    theirs, own = (
-        dataclasses.asdict(dataclasses.replace(each.data, reading="memory")) for each in (source.config, config)
-    )
-    for field in own:
-        wanted = f"a run on equal data; its data.{field} is {theirs[field]!r}, not {own[field]!r}"
-        require(theirs[field] == own[field], "loss.teacher", config.loss.teacher, wanted)
     return source
 
 

@@ -1,7 +1,6 @@
 """One process's steps of a run: its images, its compiled step, and the state before the first."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from bvit_jax import batches, data, processes, run_sources, train_step
 from bvit_jax.config import Config
 from bvit_jax.prepared import PreparedSet
-from bvit_jax.sharding import EXPERT, MODEL, Layout, Placement, mesh_shape
+from bvit_jax.sharding import Placement
 from bvit_jax.train_step import Metrics, TrainState
 
 Inputs = tuple[jax.Array, jax.Array]
@@ -31,32 +30,18 @@ class Stepper:
             config: of the run.
             placement: of its arrays.
             images: as `data.opened` gives them, if that is done already.
-
-        Raises:
-            ConfigError: as `run_sources.find`, or if a teacher does not divide over the mesh.
         """
         self._config = config
         self._placement = placement
         self._shardings = train_step.state_shardings(config, placement)
         self._rows = placement.host_rows(config.batch_size)
-        self._step, self._teacher = self._taught()
+        self._step = train_step.make_train_step(config, placement)
         self._key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=placement.replicated)()
         # Queued steps with collectives can deadlock when several host devices share few cores.
         self._waits = placement.mesh.size > 1 and jax.default_backend() == "cpu"
         self._batches: Iterator[batches.Batch] = iter(())
         self._next: int | None = None
         self.dataset = processes.in_all(lambda: data.load(config.data, images))
-
-    def _taught(self) -> tuple[jax.stages.Wrapped, list[Any]]:
-        """Returns the step and, if there is one, the parameters of the teacher."""
-        config, placement = self._config, self._placement
-        if not config.loss.distillation:
-            return train_step.make_train_step(config, placement), []
-        teacher = processes.in_all(lambda: run_sources.teacher(config))
-        model, mesh = teacher.config.model, placement.mesh
-        layout = Layout(expert=mesh.shape[EXPERT], model=mesh.shape[MODEL])
-        mesh_shape(model, config.batch_size, layout, mesh.size)
-        return train_step.make_train_step(config, placement, model), [teacher.params(placement.replicated)]
 
     def first_state(self) -> TrainState:
         """Makes the state before the first step, every array where it belongs; errors as of `run_sources`."""
@@ -85,7 +70,7 @@ class Stepper:
 
     def take_with(self, state: TrainState, inputs: Inputs) -> tuple[TrainState, Metrics]:
         """Takes a step as `take`, with these images and labels."""
-        state, values = self._step(state, self._key, *inputs, *self._teacher)
+        state, values = self._step(state, self._key, *inputs)
         if self._waits:
             jax.block_until_ready(values)
         return state, values

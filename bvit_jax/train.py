@@ -99,8 +99,6 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
         images = processes.in_all(lambda: data.opened(config.data))
         processes.check_same(f"digest of {config.data.name}", images.digest if images else "")
         processes.on_first(lambda: run_images.claim(workdir, config.data.name, images))
-        if config.loss.distillation:
-            processes.on_first(lambda: run_images.check(Path(config.loss.teacher), config.data.name, images))
         return _Run(config, workdir, placement, notice, Journal(workdir, show_progress), images).to_the_end()
 
 

@@ -14,7 +14,7 @@ from flax import struct
 
 from bvit_jax import augment, losses, mixing, pixels, sentinels, upcycling, vit
 from bvit_jax.config import Config, LossConfig
-from bvit_jax.model_config import ModelConfig, require
+from bvit_jax.model_config import ModelConfig
 from bvit_jax.optimizer import averaged, learning_rate, make_optimizer
 from bvit_jax.routing import RouterReport
 from bvit_jax.sharding import Placement
@@ -132,15 +132,11 @@ def total_loss(
     labels_B: jax.Array,
     report: RouterReport | None,
     mixed: mixing.Mixed | None = None,
-    teacher_BxC: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Forms the training loss, the one place where losses are weighted; also returns its unweighted parts."""
     entropy_of = functools.partial(losses.cross_entropy, logits_BxC, label_smoothing=config.label_smoothing)
     parts = {"cross_entropy": _of_mixed(entropy_of, labels_B, mixed).mean()}
     total = parts["cross_entropy"]
-    if teacher_BxC is not None:
-        parts["distillation"] = losses.divergence(teacher_BxC, logits_BxC).mean()
-        total = (1 - config.distillation) * total + config.distillation * parts["distillation"]
     if report is not None:
         for name in ("load_balance", "router_z", "smoothness"):
             parts[name] = getattr(report, name).mean()
@@ -154,43 +150,31 @@ def _of_mixed(value_of: Callable[[jax.Array], jax.Array], labels_B: jax.Array, m
     return own_B if mixed is None else mixed.share * own_B + (1 - mixed.share) * value_of(mixed.labels_B)
 
 
-def make_train_step(config: Config, placement: Placement, teacher: ModelConfig | None = None) -> jax.stages.Wrapped:
+def make_train_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
     """Compiles (state, key, images, labels) -> (state, metrics); the state passed in is donated.
-
-    With a teacher, the model of the run `config.loss.teacher`, the parameters of that, whole on every device, follow
-    the labels. It sees the same images as the model, augmented and mixed, and nothing random is in it.
 
     Images are uint8 (B, S, S, c), of `stored_size` pixels a side, as `batches.Batch` has them.
     `key` is the run's (from its seed) and the same at every step: all randomness comes of folding the step into it.
     Runs that differ in nothing but the seed share one compiled program.
-
-    Raises:
-        ConfigError: if the configuration wants a teacher and there is none.
     """
-    distillation = config.loss.distillation
-    require(distillation == 0 or teacher is not None, "loss.distillation", distillation, "0 where no teacher is given")
-    return _make_train_step(config.without_seeds(), placement, teacher)
+    return _make_train_step(config.without_seeds(), placement)
 
 
 @functools.lru_cache(maxsize=4)
-def _make_train_step(config: Config, placement: Placement, teacher: ModelConfig | None) -> jax.stages.Wrapped:
+def _make_train_step(config: Config, placement: Placement) -> jax.stages.Wrapped:
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     schedule = learning_rate(config.optimizer, config.total_steps)
 
     def step(
-        state: TrainState, key: jax.Array, images_BxSxSxc: jax.Array, labels_B: jax.Array, *teacher_params: Any
+        state: TrainState, key: jax.Array, images_BxSxSxc: jax.Array, labels_B: jax.Array
     ) -> tuple[TrainState, Metrics]:
         image_key, train_key = step_keys(key, state.step)
         images_BxHxWxc, mixed = as_seen(config, placement, image_key, images_BxSxSxc, labels_B)
-        teacher_BxC = None
-        if teacher is not None:
-            with placement.active():
-                teacher_BxC, _ = vit.apply(teacher, teacher_params[0], images_BxHxWxc)
 
         def loss_of(params: Any) -> tuple[jax.Array, tuple[Metrics, jax.Array]]:
             with placement.active():
                 logits_BxC, report = vit.apply(config.model, params, images_BxHxWxc, train_key=train_key)
-            total, parts = total_loss(config.loss, logits_BxC, labels_B, report, mixed, teacher_BxC)
+            total, parts = total_loss(config.loss, logits_BxC, labels_B, report, mixed)
             return total, (parts, logits_BxC)
 
         (loss, (parts, logits_BxC)), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -216,7 +200,7 @@ def _make_train_step(config: Config, placement: Placement, teacher: ModelConfig 
         return TrainState(state.step + 1, params, average, opt_state, sentinel), metrics
 
     whole, split, state_place = placement.replicated, placement.batch, state_shardings(config, placement)
-    places = (state_place, whole, split, split, *([] if teacher is None else [whole]))
+    places = (state_place, whole, split, split)
     return jax.jit(step, in_shardings=places, out_shardings=(state_place, whole), donate_argnums=0)
 
 

@@ -95,14 +95,7 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
         }
     )
     config.loss = ml_collections.ConfigDict(
-        {
-            "label_smoothing": 0.1,
-            "load_balance": 0.01,
-            "router_z": 0.001,
-            "smoothness": 0.01,
-            "distillation": 0.0,
-            "teacher": "",
-        }
+        {"label_smoothing": 0.1, "load_balance": 0.01, "router_z": 0.001, "smoothness": 0.01}
     )
     config.optimizer = ml_collections.ConfigDict(
         {

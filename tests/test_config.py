@@ -90,8 +90,6 @@ OTHER: dict[str, Any] = {
     "loss.load_balance": 0.123,
     "loss.router_z": 0.123,
     "loss.smoothness": 0.123,
-    "loss.distillation": 0.123,
-    "loss.teacher": "runs/other",
     "optimizer.learning_rate": 0.123,
     "optimizer.final_learning_rate": 0.001,
     "optimizer.warmup_steps": 1,
@@ -163,8 +161,6 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("loss.load_balance", -0.01, "0 or more"),
         ("loss.router_z", -0.01, "0 or more"),
         ("loss.smoothness", -0.01, "0 or more"),
-        ("loss.distillation", -0.1, "0 to 1"),
-        ("loss.distillation", 1.1, "0 to 1"),
         ("data.name", "CIFAR-100", f"{', '.join(EMBEDDED)} or a data set's name such as cifar100"),
         ("data.name", "cifar100:newest", f"{', '.join(EMBEDDED)} or a data set's name such as cifar100"),
         ("augment.crop", "centre", "shift or resized"),
@@ -392,12 +388,6 @@ def test_a_dense_model_made_of_another_has_no_multiplier_of_experts():
     assert config.with_experts("standard", "separate", 4).optimizer == config.optimizer
 
 
-def test_there_is_a_teacher_where_its_loss_has_weight_and_only_there():
-    with pytest.raises(ConfigError, match=r"^loss\.teacher = '': it must be the directory of a run, as loss\.distill"):
-        changed("loss.distillation", 0.5)
-    assert changed("loss.teacher", "runs/dense") == resolve(raw_config())
-
-
 def test_the_form_matters_to_butterflies_alone():
     for family, number in (("dense", 1), ("standard", 1), ("butterfly", 3)):
         digests = {
@@ -460,10 +450,6 @@ def test_every_field_changes_the_digest(name):
     section, _, field = name.rpartition(".")
     if section == "augment":
         assert strongly_augmented(**{field: OTHER[name]}).digest() != strongly_augmented().digest()
-    elif name in ("loss.distillation", "loss.teacher"):
-        taught = {"loss__distillation": 0.5, "loss__teacher": "runs/dense"}
-        others = taught | {name.replace(".", "__"): OTHER[name]}
-        assert resolve(raw_config(PROCEDURAL, **others)).digest() != resolve(raw_config(PROCEDURAL, **taught)).digest()
     else:
         config = resolve(raw_config(PROCEDURAL))
         assert changed(name, OTHER[name], PROCEDURAL).digest() != config.digest()

@@ -33,18 +33,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def cut_at(number: int) -> Any:
-    """Returns `Stepper.batch` that interrupts the run before the step after so many."""
-    batch = Stepper.batch
-
-    def cut(self: Stepper, step: int) -> Any:
-        if step == number:
-            raise KeyboardInterrupt
-        return batch(self, step)
-
-    return cut
-
-
 def made(workdir: Path, config: Config, result: object) -> str:
     """A run's directory without checkpoints."""
     workdir.mkdir()
@@ -138,8 +126,15 @@ def test_a_run_starts_from_the_best_parameters_of_a_dense_one(dense, tmp_path, a
 def test_a_whole_run_from_a_dense_one_and_its_source_gone(dense, tmp_path, monkeypatch):
     source = Path(shutil.copytree(dense, tmp_path / "run"))
     config, workdir = small("butterfly,4", start_from=str(source)), tmp_path / "new"
+    batch = Stepper.batch
+
+    def cut(self: Stepper, step: int) -> Any:
+        if step == 3:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "batch", cut_at(3))
+        patch.setattr(Stepper, "batch", cut)
         with pytest.raises(KeyboardInterrupt):
             train.run(config, workdir, show_progress=False)
     digest = json.loads((source / "result.json").read_text())["params_digest"]
@@ -155,34 +150,6 @@ def test_a_whole_run_from_a_dense_one_and_its_source_gone(dense, tmp_path, monke
     assert result["validation_nll"] < np.log(10)
 
 
-def test_a_teacher_must_be_of_equal_data(tmp_path):
-    source = made(tmp_path / "run", small("standard,4"), {"params_digest": "a" * 16})
-    config = small("butterfly,4", loss__distillation=0.5, loss__teacher=source)
-    assert [found.field for found in run_sources.find(config)] == ["loss.teacher"]
-    other = dataclasses.replace(config, data=dataclasses.replace(config.data, num_test=300))
-    with pytest.raises(ConfigError, match=r"loss\.teacher = .*a run on equal data; its data\.num_test is 400, not 300"):
-        run_sources.find(other)
-    streamed = dataclasses.replace(config, data=dataclasses.replace(config.data, reading="stream"))
-    assert run_sources.teacher(streamed).params_digest == "a" * 16
-
-
-def test_a_taught_run_is_another_and_goes_on_where_it_was_cut_off(dense, tmp_path, monkeypatch):
-    config = small("dense", seed=1, loss__distillation=0.5, loss__teacher=str(dense))
-    result = train.run(config, tmp_path / "whole", show_progress=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "batch", cut_at(3))
-        with pytest.raises(KeyboardInterrupt):
-            train.run(config, tmp_path / "cut", show_progress=False)
-    again = train.run(config, tmp_path / "cut", show_progress=False)
-    assert again["params_digest"] == result["params_digest"]
-    rows = metrics.read_rows(tmp_path / "whole" / "metrics.jsonl")
-    for row in (row for row in rows if row["split"] == "train"):
-        assert row["loss"] == pytest.approx((row["cross_entropy"] + row["distillation"]) / 2, rel=1e-5)
-    digest = json.loads((dense / "result.json").read_text())["params_digest"]
-    recorded = json.loads((tmp_path / "whole" / run_sources.FILE).read_text())
-    assert recorded == {"loss.teacher": {"workdir": str(dense), "params_digest": digest}}
-
-
 def first_on_all() -> list[Any]:
     sharding.LARGE_BYTES = 256  # so that these small arrays are split as large ones are
     found = []
@@ -195,36 +162,29 @@ def first_on_all() -> list[Any]:
             shardings = train_step.state_shardings(config, placement)
             assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
             found.append(jax.tree.map(np.asarray, state.params))
-        source = made(Path(workdir) / "teacher", small("standard,2"), {"params_digest": "a" * 16})
-        taught = small("standard,4", loss__distillation=0.5, loss__teacher=source)
-        try:
-            Stepper(taught, sharding.place(taught.model, taught.batch_size, Layout(expert=4)))
-        except ConfigError as error:
-            found.append(str(error))
     return found
 
 
-def test_any_devices_start_from_the_same_parameters_and_a_teacher_must_divide_over_them():
-    one, many, told = on_devices(8, first_on_all)
+def test_any_devices_start_from_the_same_parameters():
+    one, many = on_devices(8, first_on_all)
     jax.tree.map(np.testing.assert_array_equal, one, many)
-    assert told == "expert_axis = 4: it must be a divisor of num_experts = 2"
 
 
 def two(port: int, number: int, folder: str) -> None:
     """What each of two processes does."""
     processes.start(f"localhost:{port}", 2, number)
-    train.run(both(Path(folder) / "dense"), Path(folder) / "pair", show_progress=False)
+    train.run(from_dense(Path(folder) / "dense"), Path(folder) / "pair", show_progress=False)
 
 
-def both(dense: Path) -> Config:
-    return small("standard,4", start_from=str(dense), loss__distillation=0.5, loss__teacher=str(dense))
+def from_dense(dense: Path) -> Config:
+    return small("standard,4", start_from=str(dense))
 
 
-def test_two_processes_start_and_are_taught_as_one(dense, tmp_path):
+def test_two_processes_start_as_one(dense, tmp_path):
     shutil.copytree(dense, tmp_path / "dense")
     with started(2, lambda port, number: call(two, port, number, str(tmp_path))) as running:
         assert [(process.returncode, process.stderr) for process in endings(running) if process.returncode] == []
-    train.run(both(tmp_path / "dense"), tmp_path / "one", show_progress=False)
+    train.run(from_dense(tmp_path / "dense"), tmp_path / "one", show_progress=False)
     pair, one = (
         [row["loss"] for row in metrics.read_rows(tmp_path / name / "metrics.jsonl") if row["split"] == "train"]
         for name in ("pair", "one")

@@ -11,7 +11,7 @@ import pytest
 
 from bvit_jax import data, evaluate, mixing, sentinels, sharding, train_step, vit
 from bvit_jax.config import Config, LossConfig
-from bvit_jax.model_config import ConfigError, ModelConfig
+from bvit_jax.model_config import ModelConfig
 from bvit_jax.optimizer import make_optimizer
 from bvit_jax.routing import RouterReport
 from bvit_jax.sharding import Placement
@@ -75,12 +75,6 @@ def assert_equal(found: Any, expected: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def make_loss(**fields: Any) -> LossConfig:
-    weights = dict.fromkeys(("label_smoothing", "load_balance", "router_z", "smoothness", "distillation"), 0.0)
-    plain: dict[str, Any] = weights | {"teacher": ""}
-    return LossConfig(**plain | fields)
-
-
 def report(**fields: object) -> RouterReport:
     plain = dict.fromkeys(("load_balance", "router_z", "smoothness", "assignments_E", "entropy"), jnp.zeros(2))
     return RouterReport(**plain | fields)
@@ -97,7 +91,7 @@ def test_each_part_of_the_loss_is_weighted_by_hand(name, weight):
         "router_z": jnp.array([4.0, 8.0]),
         "smoothness": jnp.array([1.0, 3.0]),
     }
-    config = make_loss(label_smoothing=0.0, **weights)
+    config = LossConfig(label_smoothing=0.0, **weights)
     total, found = train_step.total_loss(config, jnp.zeros((3, 4)), jnp.array([0, 1, 3]), report(**parts))
     means = {"load_balance": 4.0, "router_z": 6.0, "smoothness": 2.0}
     assert float(total) == pytest.approx(math.log(4) + weight * means.get(name, 0), rel=1e-6)
@@ -108,7 +102,7 @@ def test_each_part_of_the_loss_is_weighted_by_hand(name, weight):
 
 def test_the_loss_without_mixtures_is_the_smoothed_cross_entropy():
     # Logits (log 3, 0): probabilities 3/4, 1/4. Smoothing by 0.2 puts 0.9 on the label and 0.1 on the other.
-    config = make_loss(label_smoothing=0.2, load_balance=9.0, router_z=9.0, smoothness=9.0)
+    config = LossConfig(label_smoothing=0.2, load_balance=9.0, router_z=9.0, smoothness=9.0)
     logits = jnp.array([[math.log(3), 0.0], [0.0, 0.0]])
     total, parts = train_step.total_loss(config, logits, jnp.array([0, 1]), None)
     first, second = -0.9 * math.log(0.75) - 0.1 * math.log(0.25), math.log(2)
@@ -343,52 +337,13 @@ def test_the_learning_rate_told_is_the_one_of_the_optimiser(batch, placement, ke
 
 def test_the_loss_of_mixed_images_is_that_of_both_labels_by_their_shares():
     # Logits (log 3, 0): probabilities 3/4, 1/4. The first image is a quarter its neighbour, and so is the second.
-    config = make_loss(label_smoothing=0.0, load_balance=0.0, router_z=0.0, smoothness=0.0)
+    config = LossConfig(label_smoothing=0.0, load_balance=0.0, router_z=0.0, smoothness=0.0)
     logits = jnp.array([[math.log(3), 0.0], [math.log(3), 0.0]])
     mixed = mixing.Mixed(labels_B=jnp.array([1, 0]), share=jnp.float32(0.75))
     total, _ = train_step.total_loss(config, logits, jnp.array([0, 1]), None, mixed)
     first = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     second = -0.75 * math.log(0.25) - 0.25 * math.log(0.75)
     assert float(total) == pytest.approx((first + second) / 2, rel=1e-6)
-
-
-def test_the_loss_with_a_teacher_is_shared_out_between_labels_and_teacher():
-    # The teacher says 3/4, 1/4; the model 1/2, 1/2. Of the teacher's divergence an eighth, of the labels the rest.
-    config = make_loss(distillation=0.125, teacher="runs/dense", router_z=2.0)
-    teacher = jnp.array([[math.log(3), 0.0], [0.0, math.log(3)]])
-    routers = report(router_z=jnp.array([1.0, 5.0]))
-    total, parts = train_step.total_loss(config, jnp.zeros((2, 2)), jnp.array([0, 1]), routers, teacher_BxC=teacher)
-    divergence = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert float(parts["distillation"]) == pytest.approx(divergence, rel=1e-5)
-    assert float(parts["cross_entropy"]) == pytest.approx(math.log(2), rel=1e-6)
-    assert float(total) == pytest.approx(0.875 * math.log(2) + 0.125 * divergence + 2 * 3, rel=1e-6)
-
-
-def by_hand_on(config: ModelConfig, params: Any, images: jax.Array) -> jax.Array:
-    return jax.jit(lambda params, images: vit.apply(config, params, images)[0])(params, images)
-
-
-def test_the_teacher_sees_the_same_images_and_nothing_random_is_in_it(batch, placement, key):
-    strong = {"augment__flip_probability": 0.5, "augment__noise": 0.1, "augment__cutmix": 0.5}
-    config = one_layer("dense,4", loss__distillation=0.5, loss__teacher="runs/standard", **strong)
-    teacher = one_layer("standard,4", model__router_noise=1.0, model__d_model=8)
-    state, params, (images, labels) = make_state(config), make_state(teacher).params, batch
-    image_key, _ = train_step.step_keys(key, 0)
-    seen, mixed = jax.jit(functools.partial(train_step.as_seen, config, placement))(image_key, images, labels)
-    logits, said = (by_hand_on(run.model, tree, seen) for run, tree in ((config, state.params), (teacher, params)))
-    expected, parts = train_step.total_loss(config.loss, logits, labels, None, mixed, said)
-    step = train_step.make_train_step(config, placement, teacher.model)
-    _, metrics = step(state, key, images, labels, params)
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
-    np.testing.assert_allclose(metrics["distillation"], parts["distillation"], rtol=1e-5)
-    assert parts["distillation"] > 0.01
-    assert train_step.make_train_step(dataclasses.replace(config, seed=7), placement, teacher.model) is step
-
-
-def test_a_step_that_wants_a_teacher_is_not_made_without(placement):
-    config = one_layer("dense,4", loss__distillation=0.5, loss__teacher="runs/standard")
-    with pytest.raises(ConfigError, match=r"loss\.distillation = 0\.5: it must be 0 where no teacher is given"):
-        train_step.make_train_step(config, placement)
 
 
 def test_the_accuracy_of_mixed_images_counts_both_labels(batch, placement, key):
