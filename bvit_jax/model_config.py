@@ -12,7 +12,6 @@ ComputeDtype = Literal["float32", "bfloat16"]
 TernaryScale = Literal["row", "tensor", "none"]
 Dispatch = Literal["auto", "rows", "blocks", "fused"]
 Rotations = Literal["all", "outer"]
-OutputGain = Literal["none", "expert"]
 
 
 MAX_LAYERS = 512
@@ -58,9 +57,6 @@ class ModelConfig:
         rotations: which of an expert's rotations there are: `all`, or those of its inputs and outputs alone, `outer`,
             hidden channels being left as the prototypes make them.
         num_stages: depth of the rotations; a side that has fewer stages at full depth stops there.
-        angle_group: so many neighbouring pairs of a stage are turned by one angle; a divisor of every stage's angles.
-        num_prototypes: shared ternary matrices of each kind; expert e is rotations of number e mod num_prototypes.
-        output_gain: `expert` multiplies each expert's output by a number of its own, learned, 1 at first.
         stride_order: of the rotations; see `bvit_jax.butterfly`.
         ternary_scale: of the ternary matrices, prototypes or an expert's own: one per output `row` of a matrix or one
             per `tensor`; `none` leaves them floats, not ternary.
@@ -85,9 +81,6 @@ class ModelConfig:
     moe_layers: str
     rotations: Rotations
     num_stages: int
-    angle_group: int
-    num_prototypes: int
-    output_gain: OutputGain
     stride_order: butterfly.StrideOrder
     ternary_scale: TernaryScale
     angle_bits: packing.AngleBits
@@ -112,7 +105,6 @@ class ModelConfig:
             "family": get_args(Family),
             "form": get_args(Form),
             "rotations": get_args(Rotations),
-            "output_gain": get_args(OutputGain),
             "stride_order": butterfly.STRIDE_ORDERS,
             "ternary_scale": get_args(TernaryScale),
             "angle_bits": packing.ANGLE_BITS,
@@ -122,7 +114,7 @@ class ModelConfig:
         }.items():
             require_choice(f"model.{field}", getattr(self, field), choices)
         for field in (
-            *("num_experts", "top_k", "num_stages", "angle_group", "num_prototypes", "image_size", "patch_size"),
+            *("num_experts", "top_k", "num_stages", "image_size", "patch_size"),
             *("num_layers", "d_model", "d_ff", "num_heads", "channels", "num_classes"),
         ):
             require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "at least 1")
@@ -143,23 +135,11 @@ class ModelConfig:
         )
         deepest = butterfly.max_stages(max(self.d_model, self.d_ff))
         require(self.num_stages <= deepest, "model.num_stages", self.num_stages, f"at most {deepest} (full depth)")
-        self._require_groups()
         for field in ("angle_init", "router_noise"):
             require(getattr(self, field) >= 0, f"model.{field}", getattr(self, field), "0 or more")
         for field in ("attention_dropout", "stochastic_depth"):
             require(0 <= getattr(self, field) < 1, f"model.{field}", getattr(self, field), "0 to under 1")
         moe_layer_indices(self.moe_layers, self.num_layers)
-
-    def _require_groups(self) -> None:
-        fewer = self.family != "butterfly" or self.num_prototypes <= self.num_experts
-        most = f"at most num_experts = {self.num_experts}"
-        require(fewer, "model.num_prototypes", self.num_prototypes, most)
-        for dim in (self.d_model, self.d_ff):
-            depth = min(self.num_stages, butterfly.max_stages(dim))
-            for stage in butterfly.make_stages(dim, depth, self.stride_order):
-                whole = stage.num_angles % self.angle_group == 0
-                wanted = f"a divisor of {stage.num_angles}, the pairs of a stage of {dim} channels"
-                require(whole, "model.angle_group", self.angle_group, wanted)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -195,9 +175,6 @@ class ModelConfig:
                 "form": "separate",
                 "rotations": "all",
                 "num_stages": 1,
-                "angle_group": 1,
-                "num_prototypes": 1,
-                "output_gain": "none",
                 "stride_order": "descending",
                 "angle_bits": 32,
                 "angle_init": 0.0,

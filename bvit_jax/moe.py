@@ -194,11 +194,7 @@ class ButterflyMoe(nn.Module):
         routed, report = Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
         params = {name: self._parameter(name, sides) for name, sides in rotated_params(c).items()}
         x_BxTxD, expert_BxTxK = x_BxTxD.astype(c.compute_dtype), routed.experts_BxTxK
-        y_BxTxKxF = _in_each_shard(functools.partial(_rotated_experts, c), params, x_BxTxD, expert_BxTxK)
-        if c.output_gain == "expert":
-            gain_E = self.param("output_gain", sharding.named(nn.initializers.ones, "rotations"), (c.num_experts,))
-            gates_BxTxK = routed.gates_BxTxK * gain_E[expert_BxTxK]
-            routed = dataclasses.replace(routed, gates_BxTxK=gates_BxTxK)
+        y_BxTxKxF = _in_each_shard(functools.partial(rotated.apply, c), params, x_BxTxD, expert_BxTxK)
         y_BxTxF = _combine(y_BxTxKxF, routed)
         if c.form == "reference":
             y_BxTxF = _dense(c.d_model, c.compute_dtype, "outputs", "embed", "projection")(y_BxTxF)
@@ -210,11 +206,9 @@ class ButterflyMoe(nn.Module):
         shape = tuple({"D": c.d_model, "F": c.d_ff}[side] for side in sides)
         if name.endswith("angles"):
             init = sharding.named(_uniform(c.angle_init), "rotations", "angles")
-            shape = (c.num_experts, butterfly.num_angles(rotated.stages_of(c, sides)) // c.angle_group)
+            shape = (c.num_experts, butterfly.num_angles(rotated.stages_of(c, sides)))
         elif name.endswith("bias"):
             init = sharding.named(_zeros, "outputs")
-        elif c.num_prototypes > 1:
-            init, shape = sharding.named(_expert_init, "prototypes", "inputs", "outputs"), (c.num_prototypes, *shape)
         else:
             init = sharding.named(_kernel_init, "inputs", "outputs")
         return _as_used(c, name, self.param(name, init, shape))
@@ -245,27 +239,10 @@ def rotated_params(config: ModelConfig) -> dict[str, str]:
     return {name: at for name, at in sides.items() if turned.get(name, True)}
 
 
-def _rotated_experts(
-    config: ModelConfig, params: dict[str, jax.Array], x_BxTxD: jax.Array, expert_BxTxK: jax.Array
-) -> jax.Array:
-    """Applies rotated experts, each by its prototypes; all rows go by all prototypes."""
-    if config.num_prototypes == 1:
-        return rotated.apply(config, params, x_BxTxD, expert_BxTxK)
-    total = None
-    for number in range(config.num_prototypes):
-        own = {name: leaf[number] if name.endswith("prototype") else leaf for name, leaf in params.items()}
-        y_BxTxKxF = rotated.apply(config, own, x_BxTxD, expert_BxTxK)
-        mine = (expert_BxTxK % config.num_prototypes == number)[..., None]
-        total = jnp.where(mine, y_BxTxKxF, 0 if total is None else total)
-    assert total is not None
-    return total
-
-
 def _as_used(config: ModelConfig, name: str, leaf: jax.Array) -> jax.Array:
     """Rounds a parameter of rotated experts as the exported file will hold it; biases are not rounded here."""
     if name.endswith("angles"):
-        angles_ExG = packing.quantise_angles(leaf, config.angle_bits)
-        return jnp.repeat(angles_ExG, config.angle_group, axis=-1) if config.angle_group > 1 else angles_ExG
+        return packing.quantise_angles(leaf, config.angle_bits)
     return (leaf if name.endswith("bias") else _rounded(config, leaf)).astype(config.compute_dtype)
 
 
@@ -293,7 +270,7 @@ def expert_outputs(config: ModelConfig, params: Any, x_BxTxD: jax.Array) -> jax.
     if config.form != "reference":
         used["down_bias"] = jnp.zeros_like(used["down_bias"])
     x_BxTxD = sharding.constrain(x_BxTxD, "rotated_batch", "tokens", "embed").astype(config.compute_dtype)
-    y_BxTxExF = _in_each_shard(functools.partial(_rotated_experts, every), used, x_BxTxD, expert_BxTxE)
+    y_BxTxExF = _in_each_shard(functools.partial(rotated.apply, every), used, x_BxTxD, expert_BxTxE)
     if config.form != "reference":
         return y_BxTxExF
     return y_BxTxExF @ params["projection"]["kernel"].astype(config.compute_dtype)

@@ -38,7 +38,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": MODEL,
     "mlp": MODEL,
     **dict.fromkeys(("layers", "tokens", "embed", "head_dim", "pixels", "classes", "routes")),
-    **dict.fromkeys(("rotations", "prototypes", "angles", "inputs", "outputs")),  # of rotated experts: on every device
+    **dict.fromkeys(("rotations", "angles", "inputs", "outputs")),  # of rotated experts: on every device
 }
 """Mesh axes of each logical axis; None for none."""
 

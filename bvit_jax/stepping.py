@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from bvit_jax import batches, data, processes, run_sources, train_step
+from bvit_jax import batches, data, processes, start_run, train_step
 from bvit_jax.config import Config
 from bvit_jax.prepared import PreparedSet
 from bvit_jax.sharding import Placement
@@ -44,9 +44,9 @@ class Stepper:
         self.dataset = processes.in_all(lambda: data.load(config.data, images))
 
     def first_state(self) -> TrainState:
-        """Makes the state before the first step, every array where it belongs; errors as of `run_sources`."""
+        """Makes the state before the first step, every array where it belongs; errors as of `start_run`."""
         config, whole = self._config, self._placement.replicated
-        dense = [processes.in_all(lambda: run_sources.start(config)).params(whole)] if config.start_from else []
+        dense = [processes.in_all(lambda: start_run.find(config)).params(whole)] if config.start_from else []
         first: TrainState = train_step.make_init_step(config, self._placement)(self._key, *dense)
         return first
 

@@ -7,7 +7,7 @@ A run lives in a directory of its own:
     result.json      written when the run is complete  incidents.jsonl  interruptions, damage, steps left out
     damaged/         checkpoints found to be damaged   nonfinite/       reports of steps that were not finite
     tensorboard/     the numbers as events             images.json      which prepared images it is of, if of any
-    sources.json     which runs it has parameters of, if of any
+    start.json       the dense run that it starts from, if from one
 
 However often a run is interrupted, `metrics.jsonl`, `result.json` (but for its timing) and the arrays of the last and
 the best checkpoint are those of an uninterrupted one, to the bit, on the same devices and library versions.
@@ -37,9 +37,9 @@ from bvit_jax import (
     preemption,
     processes,
     run_images,
-    run_sources,
     sentinels,
     sharding,
+    start_run,
     timing,
     trained,
 )
@@ -55,7 +55,7 @@ from bvit_jax.train_step import TrainState
 
 OUTPUTS = (
     *("checkpoints", "damaged", "metrics.jsonl", "timing.jsonl", INCIDENTS_FILE),
-    *("nonfinite", "tensorboard", "result.json", "sweep.json", run_images.FILE, run_sources.FILE),
+    *("nonfinite", "tensorboard", "result.json", "sweep.json", run_images.FILE, start_run.FILE),
 )
 LOCK_PATIENCE_SECONDS = 5.0
 """A trial whose sweep was killed needs a moment to end."""
@@ -105,13 +105,13 @@ def run(config: Config, workdir: Path, show_progress: bool = True, layout: Layou
 def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str, Any] | None:
     """Claims and locks the directory until `held` is closed; returns the result of a run that is already finished."""
     if not (workdir / "config.json").exists():
-        run_sources.find(config)  # a wrong name is not to claim the directory
+        start_run.find(config)  # a wrong name is not to claim the directory
     _mend_config(config, workdir)
     workdirs.claim(workdir, "config.json", config.to_dict(), OUTPUTS)
     held.enter_context(workdirs.locked(workdir, LOCK_PATIENCE_SECONDS))
     path = workdir / "result.json"
     if not path.exists():
-        run_sources.claim(workdir, config)
+        start_run.claim(workdir, config)
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_text())
@@ -120,7 +120,7 @@ def _open(config: Config, workdir: Path, held: contextlib.ExitStack) -> dict[str
         error: Exception | str = "of another configuration"
     except (ValueError, TypeError, KeyError) as raised:  # of JSON or of UTF-8, or some other JSON
         error = raised
-    run_sources.claim(workdir, config)
+    start_run.claim(workdir, config)
     path.unlink()
     Journal(workdir, False).warn("damaged", config.total_steps, f"result.json is damaged ({error}): made again")
     return None

@@ -225,8 +225,7 @@ def _shapes_with_axes(config: ModelConfig) -> Params:
         ]
         return leaf.replace(value=jax.ShapeDtypeStruct(shape, leaf.value.dtype))
 
-    fewest = max(config.top_k, config.num_prototypes)
-    few = _traced_shapes(dataclasses.replace(config, num_experts=fewest))
+    few = _traced_shapes(dataclasses.replace(config, num_experts=config.top_k))
     return jax.tree.map(multiplied, few, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 

@@ -37,6 +37,7 @@ from bvit_jax import (
     preemption,
     run_images,
     sharding,
+    start_run,
     storage,
     sweep,
     tuning,
@@ -90,6 +91,9 @@ def main(argv: Sequence[str]) -> None:
     for trial in trials:
         model, batch_size = trial.config.model, trial.config.batch_size
         sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
+    for trial in trials:
+        if trial.result is None:
+            start_run.find(trial.config)
     images = {of.name: data.opened(of) for of in {trial.config.data for trial in trials}}
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
     with preemption.watch() as notice, workdirs.locked(workdir, LOCK_PATIENCE_SECONDS) as dead:

@@ -277,20 +277,16 @@ def butterfly_moe(params: Any, x_BxTxD: Array, *, form: str, top_k: int, num_sta
     """The prototypes in `params` are taken as they are, so quantise them first.
 
     separate: W_i = B(phi_i) W_q B(theta_i)^T, up and down; tied: down is W_i^T; reference: B(theta_i) W_q B(phi_i).
-    A rotation without angles is left out, fewer angles stand for equal groups of pairs, and expert i takes prototype i
-    mod the number there is.
+    A rotation without angles is left out.
     """
 
     def rotation(name: str, expert: int, dim: int) -> Array:
         if name not in params:
             return np.eye(dim)
-        depth, angles_G = min(num_stages, math.ceil(math.log2(dim))), params[name][expert]
-        group = count_angles(dim, depth, order) // len(angles_G)
-        return rotation_matrix(dim, depth, order, np.repeat(angles_G, group))
+        return rotation_matrix(dim, min(num_stages, math.ceil(math.log2(dim))), order, params[name][expert])
 
     def rotated(prefix: str, expert: int) -> Array:
-        prototypes = params[f"{prefix}prototype"]
-        w_q = (prototypes[expert % len(prototypes)] if prototypes.ndim == 3 else prototypes).T
+        w_q = params[f"{prefix}prototype"].T
         outputs, inputs = w_q.shape
         theta, phi = f"{prefix}theta_angles", f"{prefix}phi_angles"
         if form == "reference":
@@ -306,7 +302,6 @@ def butterfly_moe(params: Any, x_BxTxD: Array, *, form: str, top_k: int, num_sta
 
     def token(x: Array) -> Array:
         chosen = list(zip(*route(params["router"]["kernel"].T @ x, top_k), strict=True))
-        chosen = [(e, gate * params.get("output_gain", np.ones(len(experts)))[e]) for e, gate in chosen]
         if form == "reference":
             h = sum(gate * (up[e] @ x) for e, gate in chosen)
             return params["projection"]["kernel"].T @ h + params["projection"]["bias"]

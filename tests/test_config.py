@@ -19,7 +19,7 @@ from configs import cifar10, cifar100, digits, imagenet_s16, paper
 from tests.conftest import make_config
 
 CONFIG_FILES = [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "studies"]
-SWEEPS = [name for name in CONFIG_FILES if name.startswith(("sweep_", "ablation_", "parity", "teachers"))]
+SWEEPS = [name for name in CONFIG_FILES if name.startswith(("sweep_", "ablation_", "parity", "dense_runs"))]
 RUN_CONFIGS = [name for name in CONFIG_FILES if name not in SWEEPS]
 
 PROCEDURAL = {
@@ -68,9 +68,6 @@ OTHER: dict[str, Any] = {
     "model.moe_layers": "1",
     "model.rotations": "outer",
     "model.num_stages": 1,
-    "model.angle_group": 2,
-    "model.num_prototypes": 2,
-    "model.output_gain": "expert",
     "model.stride_order": "ascending",
     "model.ternary_scale": "tensor",
     "model.angle_bits": 8,

@@ -8,7 +8,7 @@ from bvit_jax import comparison, memory, sweep, tuning
 from bvit_jax import grid as grids
 from bvit_jax.config import resolve
 from bvit_jax.model_config import ConfigError
-from configs import digits, parity, parity_tuning, studies, teachers
+from configs import dense_runs, digits, parity, parity_tuning, studies
 from tests.test_config import SWEEPS
 
 
@@ -195,11 +195,11 @@ def test_the_images_can_follow_the_seed_of_the_run(tmp_path):
     assert len({trial.group for trial in found}) == 1
 
 
-def test_teachers_are_where_their_sweep_leaves_them():
-    raw = teachers.get_config().to_dict()
-    trials = grids.expand(raw["base"], raw["grid"], Path("runs/teachers"), raw["cases"])
+def test_dense_runs_are_where_their_sweep_leaves_them():
+    raw = dense_runs.get_config().to_dict()
+    trials = grids.expand(raw["base"], raw["grid"], Path("runs/dense_runs"), raw["cases"])
     assert {trial.labels["bed"]: str(trial.directory) for trial in trials} == {
-        bed: teachers.directory(bed) for bed in studies.BEDS
+        bed: dense_runs.directory(bed) for bed in studies.BEDS
     }
 
 

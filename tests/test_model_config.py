@@ -16,9 +16,6 @@ OTHER = {
     "moe_layers": "0",
     "rotations": "outer",
     "num_stages": 3,
-    "angle_group": 2,
-    "num_prototypes": 2,
-    "output_gain": "expert",
     "stride_order": "ascending",
     "ternary_scale": "tensor",
     "angle_bits": 8,
@@ -38,8 +35,8 @@ OTHER = {
     "channels": 3,
     "num_classes": 7,
 }
-BUTTERFLY_ONLY = {"form", "num_stages", "stride_order", "ternary_scale", "angle_bits", "angle_init", "dispatch"} | {
-    *("rotations", "angle_group", "num_prototypes", "output_gain")
+BUTTERFLY_ONLY = {"form", "rotations", "num_stages", "stride_order", "ternary_scale", "angle_bits", "angle_init"} | {
+    "dispatch"
 }
 FAMILIES = ["dense", "standard", "ternary", "butterfly"]
 MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_precision"}
@@ -50,6 +47,7 @@ MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_pr
     [
         ("family", "sparse", "dense or standard or ternary or butterfly"),
         ("form", "both", "separate or tied or reference"),
+        ("rotations", "inner", "all or outer"),
         ("stride_order", "random", "descending or ascending"),
         ("ternary_scale", "column", "row or tensor or none"),
         ("angle_bits", 7, "32 or 16 or 8 or 6 or 4"),

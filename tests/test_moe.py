@@ -64,8 +64,6 @@ BUTTERFLIES: dict[str, dict[str, Any]] = {
         "ternary_scale": "tensor",
     },
     "outer rotations alone": {"rotations": "outer", "num_stages": 3, "top_k": 2},
-    "an angle for several pairs": {"angle_group": 2, "num_stages": 2, "top_k": 2, "stride_order": "ascending"},
-    "several prototypes, gains": {"num_prototypes": 2, "output_gain": "expert", "num_experts": 5, "top_k": 3},
     "one expert": {"num_experts": 1, "top_k": 1, "num_stages": 1, "d_model": 8, "d_ff": 16},
     "every expert, wide to narrow": {
         "top_k": 3,

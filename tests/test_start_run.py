@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from bvit_jax import files, metrics, processes, run_sources, sharding, train, train_step, trained
+from bvit_jax import files, metrics, processes, sharding, start_run, train, train_step, trained
 from bvit_jax.config import Config
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sharding import Layout
@@ -45,18 +45,18 @@ def test_a_run_that_is_not_there_or_not_finished_is_refused(tmp_path):
     source = str(tmp_path / "run")
     config = small("butterfly,4", start_from=source)
     with pytest.raises(ConfigError, match=f"start_from = '{source}': .*finished run; there is no such directory"):
-        run_sources.find(config)
+        start_run.find(config)
     made(tmp_path / "run", small("dense"), "{")
     with pytest.raises(ConfigError, match="finished run; its result.json cannot be read"):
-        run_sources.find(config)
+        start_run.find(config)
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(ConfigError, match="finished run; it has no result.json"):
-        run_sources.find(config)
+        start_run.find(config)
     files.write_json(tmp_path / "run" / "result.json", {"params_digest": "a" * 16})
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(ConfigError, match="start_from = .*it has no config.json"):
-        run_sources.find(config)
-    assert run_sources.find(small("butterfly,4")) == []
+        start_run.find(config)
+    assert start_run.find(small("butterfly,4")) is None
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,21 @@ def test_a_run_of_another_kind_is_refused_and_claims_no_directory(tmp_path, argu
     assert not (tmp_path / "new").exists()
 
 
+def test_a_run_on_another_split_of_the_same_images_has_seen_those_for_test(tmp_path):
+    def on(name: str, seed: int, **changes: object) -> Config:
+        data: dict[str, object] = {"name": name, "seed": seed}
+        if name == "procedural":
+            data |= {"image_size": 8, "channels": 1, "num_classes": 10}
+            data |= {"num_train": 40, "num_validation": 10, "num_test": 10}
+        return make_config("dense", data=data, **changes)
+
+    source = made(tmp_path / "run", on("procedural", 1), {"params_digest": "a" * 16})
+    assert start_run.find(on("procedural", 1, start_from=source)) == start_run.Start(source, "a" * 16)
+    with pytest.raises(ConfigError, match=r"the same split of procedural; its data\.seed is 1, not 2, so that it has"):
+        start_run.find(on("procedural", 2, start_from=source))
+    assert start_run.find(on("digits", 0, start_from=source)) is not None  # other images altogether
+
+
 def test_the_form_reference_cannot_start_from_a_dense_model():
     with pytest.raises(ConfigError, match=r"start_from = 'runs/dense': it must be empty for model.form = reference"):
         small("butterfly,4,reference", start_from="runs/dense")
@@ -85,16 +100,16 @@ def test_what_is_recorded_is_what_a_run_goes_on_with(tmp_path):
     source = made(tmp_path / "run", small("dense", seed=5), {"params_digest": "a" * 16})
     config = small("butterfly,4", start_from=source)
     for _ in range(2):
-        run_sources.claim(tmp_path, config)
-        recorded = json.loads((tmp_path / run_sources.FILE).read_text())
-        assert recorded == {"start_from": {"workdir": source, "params_digest": "a" * 16}}
+        start_run.claim(tmp_path, config)
+        recorded = json.loads((tmp_path / start_run.FILE).read_text())
+        assert recorded == {"workdir": source, "params_digest": "a" * 16}
     files.write_json(tmp_path / "run" / "result.json", {"params_digest": "b" * 16})
     with pytest.raises(ConfigError, match="other parameters of start_from = .*digest a{16}, not b{16}"):
-        run_sources.claim(tmp_path, config)
-    (tmp_path / run_sources.FILE).write_text("[]")
-    with pytest.raises(ConfigError, match=r"sources\.json cannot be read"):
-        run_sources.claim(tmp_path, config)
-    run_sources.claim(tmp_path / "absent", small("butterfly,4"))  # nothing to record
+        start_run.claim(tmp_path, config)
+    (tmp_path / start_run.FILE).write_text("[]")
+    with pytest.raises(ConfigError, match=r"start\.json cannot be read"):
+        start_run.claim(tmp_path, config)
+    start_run.claim(tmp_path / "absent", small("butterfly,4"))  # nothing to record
 
 
 def test_parameters_that_are_not_those_of_the_result_are_refused(dense, tmp_path):
@@ -138,7 +153,7 @@ def test_a_whole_run_from_a_dense_one_and_its_source_gone(dense, tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             train.run(config, workdir, show_progress=False)
     digest = json.loads((source / "result.json").read_text())["params_digest"]
-    assert json.loads((workdir / run_sources.FILE).read_text())["start_from"]["params_digest"] == digest
+    assert json.loads((workdir / start_run.FILE).read_text())["params_digest"] == digest
     source.rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="finished run; there is no such directory"):
         train.run(config, workdir, show_progress=False)

@@ -1,6 +1,6 @@
-"""Dense models of the test beds, for studies that start from them or are taught by them.
+"""Dense models of the test beds, for `configs.ablation_start`, whose runs start from them.
 
-Command:   python -m experiments.sweep --config=configs/teachers.py
+Command:   python -m experiments.sweep --config=configs/dense_runs.py
 Hardware:  2 CPU cores
 Time:      not yet run
 Result:    not yet run
@@ -27,4 +27,4 @@ def directory(bed: str) -> str:
     """Returns where the sweep leaves the run of a bed, from the root of the repository."""
     fields = studies.merged(studies.BEDS[bed], DENSE)
     run = configuration.resolve(studies.merged(studies.base().to_dict(), fields))
-    return f"runs/teachers/trials/{run.digest()}"
+    return f"runs/dense_runs/trials/{run.digest()}"
