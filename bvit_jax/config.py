@@ -119,8 +119,6 @@ class Config:
             self.model.image_size,
             f"that of the {self.data.name} images, {self.data.image_size}",
         )
-        reference = self.model.family == "butterfly" and self.model.form == "reference"
-        require(not (self.start_from and reference), "start_from", self.start_from, "empty for model.form = reference")
         size, shift = self.data.image_size, self.augment.max_shift
         require(shift < size, "augment.max_shift", shift, f"under image_size = {size}")
         cut = self.augment.crop == "resized" or self.data.stored_size == size

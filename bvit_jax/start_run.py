@@ -48,10 +48,13 @@ def find(config: Config) -> Start | None:
 
     Raises:
         ConfigError: if it is not there, not finished, cannot be read, is not of a dense model of equal shape, or has
-            been trained on another split of the same images, on some that are now for test.
+            been trained on another split of the same images, on some that are now for test; for the form `reference`,
+            which has no place for all its parameters.
     """
     if not config.start_from:
         return None
+    reference = config.model.family == "butterfly" and config.model.form == "reference"
+    require(not reference, "start_from", config.start_from, "empty for model.form = reference")
     name, path = f"start_from = {config.start_from!r}", Path(config.start_from) / "result.json"
     if not path.parent.is_dir():
         raise ConfigError(f"{name}: {_FINISHED}; there is no such directory")
