@@ -2,8 +2,9 @@
 
 Command:   python -m experiments.sweep --config=configs/ablation_training.py
 Hardware:  2 CPU cores
-Time:      not yet run
-Result:    not yet run
+Time:      28 min of training, two trials at a time, with other work on the cores
+Result:    widely spread angles lose 1.5 to 2 points, prototypes that learn 10 times as fast 4 to 6; docs/accuracy.md has
+           the table
 """
 
 import math
