@@ -192,7 +192,7 @@ class ButterflyMoe(nn.Module):
         c = self.config
         x_BxTxD = sharding.constrain(x_BxTxD, "rotated_batch", "tokens", "embed")
         routed, report = Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
-        params = {name: self._parameter(name, sides) for name, sides in rotated_params(c).items()}
+        params = {name: self._parameter(name, sides) for name, sides in rotated.params_of(c).items()}
         x_BxTxD, expert_BxTxK = x_BxTxD.astype(c.compute_dtype), routed.experts_BxTxK
         y_BxTxKxF = _in_each_shard(functools.partial(rotated.apply, c), params, x_BxTxD, expert_BxTxK)
         y_BxTxF = _combine(y_BxTxKxF, routed)
@@ -212,31 +212,6 @@ class ButterflyMoe(nn.Module):
         else:
             init = sharding.named(_kernel_init, "inputs", "outputs")
         return _as_used(c, name, self.param(name, init, shape))
-
-
-_ROTATED: dict[str, dict[str, str]] = {
-    "separate": {
-        "up_theta_angles": "D",
-        "up_phi_angles": "F",
-        "down_theta_angles": "F",
-        "down_phi_angles": "D",
-        "up_prototype": "DF",
-        "up_bias": "F",
-        "down_prototype": "FD",
-        "down_bias": "D",
-    },
-    "tied": {"theta_angles": "D", "phi_angles": "F", "prototype": "DF", "up_bias": "F", "down_bias": "D"},
-    "reference": {"phi_angles": "D", "theta_angles": "F", "prototype": "DF"},
-}
-"""Parameters of each form, and which sides they have, D of d_model channels and F of d_ff: of a rotation the side that
-it turns, of a prototype inputs and outputs."""
-
-
-def rotated_params(config: ModelConfig) -> dict[str, str]:
-    """Returns the parameters of a form and their sides as `_ROTATED`, without angles of sides that are not turned."""
-    sides = _ROTATED[config.form]
-    turned = {name: rotated.stages_of(config, at) for name, at in sides.items() if name.endswith("angles")}
-    return {name: at for name, at in sides.items() if turned.get(name, True)}
 
 
 def _as_used(config: ModelConfig, name: str, leaf: jax.Array) -> jax.Array:
@@ -266,7 +241,7 @@ def expert_outputs(config: ModelConfig, params: Any, x_BxTxD: jax.Array) -> jax.
     )
     if config.stores_experts:
         return _apply_stored(every, {name: params[name] for name in _STORED}, x_BxTxD, expert_BxTxE)
-    used = {name: _as_used(config, name, params[name]) for name in rotated_params(config)}
+    used = {name: _as_used(config, name, params[name]) for name in rotated.params_of(config)}
     if config.form != "reference":
         used["down_bias"] = jnp.zeros_like(used["down_bias"])
     x_BxTxD = sharding.constrain(x_BxTxD, "rotated_batch", "tokens", "embed").astype(config.compute_dtype)

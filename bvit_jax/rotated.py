@@ -54,6 +54,22 @@ _FORMS: dict[Form, tuple[_Names, ...]] = {
     "reference": (_Names("phi", "prototype", "theta", None),),
 }
 
+_PARAMS: dict[Form, dict[str, str]] = {
+    "separate": {
+        "up_theta_angles": "D",
+        "up_phi_angles": "F",
+        "down_theta_angles": "F",
+        "down_phi_angles": "D",
+        "up_prototype": "DF",
+        "up_bias": "F",
+        "down_prototype": "FD",
+        "down_bias": "D",
+    },
+    "tied": {"theta_angles": "D", "phi_angles": "F", "prototype": "DF", "up_bias": "F", "down_bias": "D"},
+    "reference": {"phi_angles": "D", "theta_angles": "F", "prototype": "DF"},
+}
+"""Parameters of each form and their sides, as `params_of` returns them, with all rotations."""
+
 _CPU_TILE, _CPU_BLOCK = 128, 4
 """Rows of a tile that stays in a core's cache, and of a block; timed on a CPU."""
 _TILE_NUMBERS, _BLOCK = 2**22, 16
@@ -99,6 +115,16 @@ def stages_of(config: ModelConfig, side: str) -> butterfly.Stages:
         return ()
     dim = {"D": config.d_model, "F": config.d_ff}[side]
     return butterfly.make_stages(dim, min(config.num_stages, butterfly.max_stages(dim)), config.stride_order)
+
+
+def params_of(config: ModelConfig) -> dict[str, str]:
+    """Returns the names of a layer's parameters and their sides, D of d_model channels and F of d_ff.
+
+    Of angles it is the side that they turn, and one that is not turned has none; of prototypes inputs and outputs.
+    """
+    sides = _PARAMS[config.form]
+    turned = {name: stages_of(config, side) for name, side in sides.items() if name.endswith("angles")}
+    return {name: side for name, side in sides.items() if turned.get(name, True)}
 
 
 def _choose_rows(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> dict[str, Experts]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bvit_jax import sweep
+from bvit_jax import grid, sweep
 from bvit_jax.failures import Failures
 from configs import sweep_digits
 from tests.conftest import ROOT, call, environment
@@ -39,7 +39,7 @@ def base_of(steps: int) -> dict[str, Any]:
 
 def trials_of(workdir: Path, steps: int, seeds: tuple[int, ...]) -> list[sweep.Trial]:
     """The trials of the sweep that `command` starts."""
-    return sweep.expand(base_of(steps), {"seed": seeds, "model": {"family": ("dense",)}}, workdir)
+    return grid.expand(base_of(steps), {"seed": seeds, "model": {"family": ("dense",)}}, workdir)
 
 
 def command(workdir: Path, steps: int, seeds: tuple[int, ...], *flags: str) -> list[str]:
@@ -147,7 +147,7 @@ def show_a_trial_with_warnings(workdir: str) -> None:
     trial.directory.mkdir(parents=True)
     result = {"test_accuracy": 0.5, "warnings": ["layer 1: expert 3 is dead", "layer 2: expert 0 is dead"]}
     (trial.directory / "result.json").write_text(json.dumps(result))
-    _Report([trial], Failures(Path(workdir) / "errors"), Path(workdir)).show_ended(trial)
+    _Report([trial], Failures(Path(workdir) / "errors"), Path(workdir), {}, {}).show_ended(trial)
 
 
 def test_warnings_of_a_finished_trial_are_shown_below_it(tmp_path):
