@@ -135,11 +135,10 @@ class Config:
         return dataclasses.replace(self, model=model.canonical()).canonical()
 
     def canonical(self) -> "Config":
-        """Resets the fields that training such a model ignores, so that equal runs have equal configurations."""
-        ignored: dict[str, Any] = {}
-        if self.model.family == "dense":
-            ignored["expert_multiplier"] = 1.0
-        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **ignored))
+        """Resets the multiplier of experts that a dense model lacks, so that equal runs have equal configurations."""
+        if self.model.family != "dense":
+            return self
+        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, expert_multiplier=1.0))
 
     def without_seeds(self) -> "Config":
         """Returns the same run with both seeds, its own and that of the images, 0: equal for runs of one kind."""

@@ -22,8 +22,7 @@ FAMILIES: studies.Alternatives = {
 def get_config() -> ml_collections.ConfigDict:
     """Returns the study; sections as in `configs.ablation_training`."""
     beds = studies.of("digit_pairs", "photo_patches")
-    config = studies.study({"base": {}}, beds, seeds=3)
-    config.cases = ()
+    cases: studies.Cases = ()
     for bed, fields in beds.items():
         starts: studies.Alternatives = {
             "": {},
@@ -33,6 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
         kinds = {
             family + start: studies.merged(FAMILIES[family], starts[start]) for family in FAMILIES for start in starts
         }
-        config.cases += studies.cases(bed={bed: fields}, variant=kinds)
-    config.compare.baselines = ("butterfly, twice the steps", "dense, from dense")
-    return config
+        cases += studies.cases(bed={bed: fields}, variant=kinds)
+    baselines = ("butterfly, twice the steps", "dense, from dense")
+    return studies.sweep(cases, range(3), compare={"label": "variant", "baselines": baselines})

@@ -16,11 +16,7 @@ DENSE = {"model": {"family": "dense"}}
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the sweep; sections as in `configs.ablation_training`."""
-    config = ml_collections.ConfigDict()
-    config.base = studies.base()
-    config.grid = ml_collections.ConfigDict({"seed": (0,)})
-    config.cases = studies.cases(bed=studies.BEDS, kind={"dense": DENSE})
-    return config
+    return studies.sweep(studies.cases(bed=studies.BEDS, kind={"dense": DENSE}), (0,))
 
 
 def directory(bed: str) -> str:

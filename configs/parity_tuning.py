@@ -31,14 +31,11 @@ OF_MIXTURES: studies.Alternatives = {
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the sweep; sections as in `configs.ablation_training`, and `choose`."""
-    config = ml_collections.ConfigDict()
-    config.base = studies.base()
-    config.grid = ml_collections.ConfigDict({"seed": (100, 101), "data": {"seed": (-1,)}})
-    config.cases = ()
+    cases: studies.Cases = ()
     for family in ("dense", "standard", "ternary", "butterfly"):
         kind = {family: {"model": {"family": family}}}
-        config.cases += studies.cases(
-            bed=studies.BEDS, family=kind, setting=OF_DENSE if family == "dense" else OF_MIXTURES
-        )
-    config.choose = ml_collections.ConfigDict({"kind": "family", "setting": "setting"})
+        settings = OF_DENSE if family == "dense" else OF_MIXTURES
+        cases += studies.cases(bed=studies.BEDS, family=kind, setting=settings)
+    config = studies.sweep(cases, (100, 101), choose={"kind": "family", "setting": "setting"})
+    config.grid.data = studies.SEED_OF_THE_RUN
     return config

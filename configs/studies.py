@@ -5,7 +5,7 @@ images: half a minute on a CPU core. `bvit_jax.beds` says what is in them.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -14,12 +14,16 @@ from configs import digits
 
 Fields = Mapping[str, Any]
 Alternatives = Mapping[str, Fields]
+Cases = tuple[tuple[dict[str, str], dict[str, Any]], ...]
 """Fields that are not as in the base, nested, by the name of the alternative."""
 BEDS: Alternatives = {
     "few_digits": {"data": {"name": "few_digits"}, "model": {"patch_size": 2}},
     "digit_pairs": {"data": {"name": "digit_pairs"}, "model": {"patch_size": 8}},
     "photo_patches": {"data": {"name": "photo_patches"}, "model": {"patch_size": 4}},
 }
+
+SEED_OF_THE_RUN = {"seed": (-1,)}
+"""Section `data` of a grid in which every seed has its own split of the images."""
 
 
 def of(*names: str) -> Alternatives:
@@ -36,7 +40,7 @@ def base() -> ml_collections.ConfigDict:
     return config
 
 
-def cases(**labels: Alternatives) -> tuple[tuple[dict[str, str], dict[str, Any]], ...]:
+def cases(**labels: Alternatives) -> Cases:
     """Returns every combination of the alternatives of some labels, the last label's outweighing the first's."""
     found = []
     for names in itertools.product(*labels.values()):
@@ -56,6 +60,21 @@ def merged(first: Fields, second: Fields) -> dict[str, Any]:
     return result
 
 
+def sweep(cases: Cases, seeds: Sequence[int], **sections: Fields) -> ml_collections.ConfigDict:
+    """Returns a sweep of cases of `base`.
+
+    Args:
+        cases: as `cases` makes them.
+        seeds: of the runs.
+        sections: others of the sweep, such as `compare`.
+    """
+    fields = {"grid": {"seed": tuple(seeds)}, **sections}
+    config = ml_collections.ConfigDict({name: ml_collections.ConfigDict(dict(value)) for name, value in fields.items()})
+    config.base = base()
+    config.cases = cases
+    return config
+
+
 def study(variants: Alternatives, beds: Alternatives, seeds: int) -> ml_collections.ConfigDict:
     """Returns a sweep of variants on test beds, all compared with the first.
 
@@ -64,9 +83,5 @@ def study(variants: Alternatives, beds: Alternatives, seeds: int) -> ml_collecti
         beds: of `BEDS`.
         seeds: how many, from 0.
     """
-    config = ml_collections.ConfigDict()
-    config.base = base()
-    config.grid = ml_collections.ConfigDict({"seed": tuple(range(seeds))})
-    config.cases = cases(bed=beds, variant=variants)
-    config.compare = ml_collections.ConfigDict({"label": "variant", "baselines": (next(iter(variants)),)})
-    return config
+    compare = {"label": "variant", "baselines": (next(iter(variants)),)}
+    return sweep(cases(bed=beds, variant=variants), range(seeds), compare=compare)
