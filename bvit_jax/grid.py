@@ -16,7 +16,7 @@ from bvit_jax.sweep import Trial
 
 Case = tuple[Mapping[str, str], Mapping[str, Any]]
 """Labels, such as {"bed": "digit_pairs", "kind": "dense"}, and the fields that are not as in the base, nested."""
-USUAL_FIELDS = ("model.family", "model.form", "model.num_experts", "seed")
+USUAL_FIELDS = ("model.family", "model.form", "model.num_experts", "seed", "data.seed")
 """Fields of a grid that have columns of their own in the tables."""
 
 

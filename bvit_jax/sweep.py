@@ -31,7 +31,7 @@ class Trial:
         config: what to run.
         directory: where.
         settings: the labels of its case, and `field=value` of the grid's fields other than family, form, experts and
-            seed.
+            seeds.
         labels: those of its case.
         chosen: the grid's values by dotted name.
     """
@@ -59,12 +59,14 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """A short name for people: family, form, experts, seed."""
+        """A short name for people: family, form, experts, settings, seed, and the seed of the images if another's."""
         model = self.config.model
         form = f" {model.form}" if model.family == "butterfly" else ""
         experts = "" if model.family == "dense" else f" {model.num_experts} experts"
         settings = f" {self.settings}" if self.settings else ""
-        return f"{model.family}{form}{experts}{settings} seed {self.config.seed}"
+        of_images = self.config.data.seed
+        images = f" data.seed={of_images}" if "data.seed" in self.chosen and of_images != self.config.seed else ""
+        return f"{model.family}{form}{experts}{settings} seed {self.config.seed}{images}"
 
     @property
     def group(self) -> str:
@@ -99,6 +101,7 @@ class ResultRow:
         status: `ok`, `failed` or `unfinished`.
         bytes_full_ffn, compression_full_ffn: the `full` accounting of the mixture layers alone.
         output_cosine, experts_used, lost_shuffled, lost_one: as in `expert_use.Means`.
+        data_seed: of the images.
         settings: as in `Trial`.
         trial: digest of the configuration, the name of the trial's directory.
         error: last line of a failed trial's cause.
@@ -126,6 +129,7 @@ class ResultRow:
     experts_used: float | None
     lost_shuffled: float | None
     lost_one: float | None
+    data_seed: int
     settings: str
     trial: str
     error: str
@@ -163,6 +167,7 @@ def result_row(trial: Trial, cause: str | None = None) -> ResultRow:
         bytes_full_ffn=own.bytes_full_ffn,
         compression_full_ffn=standard.bytes_full_ffn / own.bytes_full_ffn,
         **dataclasses.asdict(expert_use.means(result.get("experts"))),
+        data_seed=config.data.seed,
         settings=trial.settings,
         trial=config.digest(),
         error=_last_line(cause or "") if status == "failed" else "",

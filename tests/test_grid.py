@@ -193,6 +193,16 @@ def test_the_images_can_follow_the_seed_of_the_run(tmp_path):
     found = grids.expand(base(), {"seed": (3, 5), "data": {"seed": (-1,)}}, tmp_path, [case])
     assert [(trial.config.seed, trial.config.data.seed) for trial in found] == [(3, 3), (5, 5)]
     assert len({trial.group for trial in found}) == 1
+    assert [trial.label for trial in found] == [
+        "butterfly separate 16 experts few seed 3",
+        "butterfly separate 16 experts few seed 5",
+    ]
+
+
+def test_trials_of_other_images_than_their_seeds_say_so(tmp_path):
+    found = grids.expand(base(), {"data": {"seed": (0, 7)}}, tmp_path)
+    assert [trial.label.partition("experts ")[2] for trial in found] == ["seed 0", "seed 0 data.seed=7"]
+    assert [sweep.result_row(trial).data_seed for trial in found] == [0, 7]
 
 
 def test_dense_runs_are_where_their_sweep_leaves_them():

@@ -62,6 +62,7 @@ def test_the_row_of_a_finished_trial(tmp_path):
         experts_used=2.5,
         lost_shuffled=0.25,
         lost_one=0.03125,
+        data_seed=0,
         settings="a=1",
         trial=trial.config.digest(),
         error="",
