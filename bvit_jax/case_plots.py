@@ -35,7 +35,8 @@ def draw(summaries: Sequence[Summary], label: str, baselines: Sequence[str], dir
     directory.mkdir(parents=True, exist_ok=True)
     panels: dict[str, list[Summary]] = {}
     for summary in summaries:
-        panels.setdefault(comparison.where(summary.trial, label), []).append(summary)
+        for place in comparison.places(summary.trial, label):
+            panels.setdefault(place, []).append(summary)
     most = max(map(len, panels.values()))
     across = min(len(panels), 3)
     down = -(-len(panels) // across)

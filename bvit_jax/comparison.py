@@ -5,7 +5,9 @@ difference varies less than either.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,12 +47,21 @@ class Comparison:
 
 
 def check(label: str, baselines: Sequence[str], trials: Sequence[Trial]) -> None:
-    """Raises ConfigError unless the trials have the label, and each baseline is one of its values."""
+    """Checks what is to be compared before anything runs.
+
+    Raises:
+        ConfigError: if the trials lack the label, a baseline is not one of its values, or trials of one case share
+            their seed with other images: they are no independent samples, and an interval would be too narrow.
+    """
     named = sorted({name for trial in trials for name in trial.labels})
     require(label in named, "compare.label", label, " or ".join(named) or "absent, as there are no cases")
     values = list(dict.fromkeys(trial.labels[label] for trial in trials))
+    names = isinstance(baselines, Sequence) and not isinstance(baselines, str) and len(baselines) > 0
+    require(names, "compare.baselines", baselines, f"a non-empty sequence of {' or '.join(values)}")
     for baseline in baselines:
         require(baseline in values, "compare.baselines", baseline, " or ".join(values))
+    (_, times), *_ = Counter((trial.group, trial.config.seed) for trial in trials).most_common(1)
+    require(times == 1, "grid.data.seed", f"{times} values", "one, or -1, the seed of the run, to compare cases")
 
 
 def compare(
@@ -70,8 +81,9 @@ def compare(
     finished: dict[tuple[str, str], dict[tuple[int, int], ResultRow]] = {}
     for trial, row in zip(trials, rows, strict=True):
         if row.status == "ok":
-            key = where(trial, label), trial.labels[label]
-            finished.setdefault(key, {})[trial.config.seed, trial.config.data.seed] = row
+            for place in places(trial, label):
+                seeds_of = finished.setdefault((place, trial.labels[label]), {})
+                seeds_of[trial.config.seed, trial.config.data.seed] = row
     found = []
     for baseline in baselines:
         for (place, case), results in finished.items():
@@ -82,11 +94,19 @@ def compare(
     return found
 
 
-def where(trial: Trial, label: str) -> str:
-    """Names all that a trial was given by its case and the grid, but for its value of `label` and its seeds."""
+def places(trial: Trial, label: str) -> list[str]:
+    """Names all that a trial was given by its case and the grid, but for its value of `label` and its seeds.
+
+    A run that several values of the grid mean (a dense model, of any number of experts) stands at the place of each.
+    """
+    others = [value for name, value in trial.labels.items() if name != label]
     seeds = ("seed", "data.seed")
-    grid = [f"{name}={value}" for name, value in trial.chosen.items() if name not in seeds]
-    return " ".join([value for name, value in trial.labels.items() if name != label] + grid)
+    grids = [[f"{name}={value}" for name, value in each.items() if name not in seeds] for each in _choices(trial)]
+    return list(dict.fromkeys(" ".join(others + grid) for grid in grids))
+
+
+def _choices(trial: Trial) -> tuple[Mapping[str, Any], ...]:
+    return (trial.chosen, *trial.also)
 
 
 def _compared(place: str, case: str, baseline: str, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> Comparison:

@@ -18,7 +18,7 @@ from typing import Any
 
 from bvit_jax.storage import Dtype, Tensor
 
-VERSION = 1
+VERSION = 2
 METADATA_KEY = "bvit_jax"
 NO_DIGEST = "0" * 64
 LENGTH_BYTES = 8

@@ -5,6 +5,7 @@ the shape of model that fits it, a family with the learning rate that suits it.
 """
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,9 +26,9 @@ def expand(
 ) -> list[Trial]:
     """Lists the trials of a grid, each configuration once.
 
-    Combinations that mean the same model (a dense model at 4 and at 16 experts) are one trial, the first. Where there
-    are fewer experts than `base` selects, all are selected, unless the grid says how many. All configurations are
-    resolved before anything runs, so a bad one is reported at once.
+    Combinations that mean the same model (a dense model at 4 and at 16 experts) are one trial, which has the places of
+    all. Where there are fewer experts than `base` selects, all are selected, unless the grid says how many. All
+    configurations are resolved before anything runs, so a bad one is reported at once.
 
     Args:
         base: a configuration as in `configs/`, nested mappings.
@@ -37,7 +38,7 @@ def expand(
 
     Raises:
         ConfigError: for a leaf that is no sequence, an empty one, a field that `base` lacks, cases that are not as they
-            should be, or a bad configuration.
+            should be, two cases that are the same run, or a bad configuration.
     """
     axes = list(_leaves(grid))
     for name, values in axes:
@@ -51,7 +52,11 @@ def expand(
         config = resolve(_selecting_few(_with_values(started, chosen, "grid"), chosen))
         digest = config.digest()
         settings = " ".join(part for part in (*labels.values(), _settings(config, chosen)) if part)
-        trials.setdefault(digest, Trial(config, workdir / "trials" / digest, settings, dict(labels), chosen))
+        new = Trial(config, workdir / "trials" / digest, settings, dict(labels), chosen)
+        first = trials.setdefault(digest, new)
+        if first is not new:
+            require(first.labels == new.labels, "cases", new.labels, f"another run than {first.labels}, not the same")
+            trials[digest] = dataclasses.replace(first, also=(*first.also, chosen))
     # One seed of everything before the next: comparable early, and later seeds find their programs compiled.
     return sorted(trials.values(), key=lambda trial: trial.config.seed)
 

@@ -142,7 +142,8 @@ def in_mixture(stored: StoredParam, model: ModelConfig) -> bool:
 
 def metadata(config: Config, storage: Storage, ledger_: Ledger, digest: str = file_format.NO_DIGEST) -> str:
     """Returns the JSON text in the header of a model's file."""
-    return file_format.metadata_text(config.to_dict(), dataclasses.asdict(storage), ledger_.to_dict(), digest)
+    named = dataclasses.replace(config, start_from="").to_dict()  # a path means nothing elsewhere
+    return file_format.metadata_text(named, dataclasses.asdict(storage), ledger_.to_dict(), digest)
 
 
 def standard_ledger(config: Config) -> Ledger:

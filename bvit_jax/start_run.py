@@ -13,6 +13,12 @@ from bvit_jax.model_config import ConfigError, VitShape, require
 
 FILE = "start.json"
 _FINISHED = "it must be the directory of a finished run"
+_OF_DIGITS = {"digits", "few_digits", "digit_pairs"}
+_DEALING: dict[str, tuple[str, ...]] = {
+    **{"digits": (), "few_digits": ("seed",), "digit_pairs": ("seed",), "photo_patches": ("seed",)},
+    "procedural": ("seed", "num_train", "num_validation", "num_test"),
+}
+"""Fields that decide which images of an embedded set are held out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +53,9 @@ def find(config: Config) -> Start | None:
     """Finds the run that a configuration names, and checks that it is such as it can start from; None if it names none.
 
     Raises:
-        ConfigError: if it is not there, not finished, cannot be read, is not of a dense model of equal shape, or has
-            been trained on another split of the same images, on some that are now for test; for the form `reference`,
-            which has no place for all its parameters.
+        ConfigError: if it is not there, not finished, cannot be read, is not of a dense model of equal shape, or had
+            the same images dealt otherwise, so that it may have been trained on some that are held out now; for the
+            form `reference`, which has no place for all its parameters.
     """
     if not config.start_from:
         return None
@@ -76,16 +82,32 @@ def _check(config: Config, source: Config, name: str) -> None:
         theirs, own = getattr(source.model, field), getattr(config.model, field)
         if theirs != own:
             raise ConfigError(f"{name}: it must be a run of equal shape; its model.{field} is {theirs}, not {own}")
-    theirs, own = (each.data.name.partition(":")[0] for each in (source, config))
-    if theirs == own and source.data.seed != config.data.seed:
-        raise ConfigError(
-            f"{name}: it must be a run on the same split of {own}; its data.seed is {source.data.seed}, not "
-            f"{config.data.seed}, so that it has been trained on images of this run's test"
-        )
+    for field in _dealing(source.data.name, config.data.name):
+        theirs, own = getattr(source.data, field), getattr(config.data, field)
+        if theirs != own:
+            raise ConfigError(
+                f"{name}: it must be a run with the same images held out; its data.{field} is {theirs}, not {own}, so "
+                f"that it may have been trained on images of this run's test or validation"
+            )
+
+
+def _dealing(*names: str) -> tuple[str, ...]:
+    """Returns the fields that must be equal for two sets of images to hold out the same; none for different images."""
+    bare = {name.partition(":")[0] for name in names}
+    if len(bare) == 1:
+        return _DEALING.get(bare.pop(), ("seed", "num_validation"))  # a prepared set holds out the first
+    return ("name",) if bare <= _OF_DIGITS else ()
+
+
+def has_begun(workdir: Path) -> bool:
+    """Says whether a run has recorded what it started from."""
+    return (workdir / FILE).exists()
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Records what a run starts from, or checks that it is as recorded.
+    """Records what a run starts from, or checks that it is as recorded, if it is still there.
+
+    A run with a checkpoint goes on without it; one that needs it after all is told by `find`.
 
     Args:
         workdir: of the run.
@@ -94,11 +116,12 @@ def claim(workdir: Path, config: Config) -> None:
     Raises:
         ConfigError: as `find`, or if the parameters have changed since, or the record cannot be read.
     """
-    found = find(config)
-    if found is None:
-        return
     path = workdir / FILE
-    if not path.exists():
+    if not config.start_from or (has_begun(workdir) and not Path(config.start_from).is_dir()):
+        return
+    found = find(config)
+    assert found is not None, "start_from is not empty"
+    if not has_begun(workdir):
         files.write_json(path, dataclasses.asdict(found))
         return
     try:

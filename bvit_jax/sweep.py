@@ -34,6 +34,7 @@ class Trial:
             seeds.
         labels: those of its case.
         chosen: the grid's values by dotted name.
+        also: others of them that mean the same run.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class Trial:
     settings: str = ""
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    also: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def result(self) -> dict[str, Any] | None:

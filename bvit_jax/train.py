@@ -338,8 +338,10 @@ class _Run:
         try:
             use = expert_use.measure(params, config.model, split, found, *rest)
         except jax.errors.JaxRuntimeError as error:
-            gist = str(error).partition("\n")[0]
-            self.journal.warn("experts", config.total_steps, f"whether experts differ could not be measured: {gist}")
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            gist = f"whether experts differ could not be measured: {str(error).partition(chr(10))[0]}"
+            self.journal.warn("experts", config.total_steps, f"{gist}; experiments.evaluate --experts tries again")
             return {}
         return {} if use is None else {"experts": use.to_dict()}
 

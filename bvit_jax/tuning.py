@@ -1,7 +1,7 @@
 """Which of several settings is best, by accuracy on validation: the choice that a sweep with cases is made for.
 
 The rule: for each kind, the setting with the highest accuracy on validation, its mean over all places and seeds; of
-equal ones the first. Test images have no part in it.
+equal ones the first. A setting with a trial that failed is not chosen. Test images have no part in it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Score:
 
     Attributes:
         kind, setting: values of the labels.
-        trials, finished: of this setting; a kind is chosen for once all are finished.
+        trials, finished, failed: of this setting; a kind is chosen for once all of its trials have ended.
         val_accuracy: mean over the finished ones; nan if there are none.
         chosen: whether it is the best of its kind.
     """
@@ -29,6 +29,7 @@ class Score:
     setting: str
     trials: int
     finished: int
+    failed: int
     val_accuracy: float
     chosen: bool = False
 
@@ -51,22 +52,23 @@ def choose(trials: Sequence[Trial], rows: Sequence[ResultRow], kind: str, settin
     Returns:
         A score for each setting of each kind, in the order of the trials.
     """
-    found: dict[str, dict[str, list[float | None]]] = {}
+    found: dict[str, dict[str, list[ResultRow]]] = {}
     for trial, row in zip(trials, rows, strict=True):
-        accuracy = row.val_accuracy if row.status == "ok" else None
-        found.setdefault(trial.labels[kind], {}).setdefault(trial.labels[setting], []).append(accuracy)
+        found.setdefault(trial.labels[kind], {}).setdefault(trial.labels[setting], []).append(row)
     return [score for name, settings in found.items() for score in _scored(name, settings)]
 
 
-def _scored(kind: str, settings: dict[str, list[float | None]]) -> list[Score]:
+def _scored(kind: str, settings: dict[str, list[ResultRow]]) -> list[Score]:
     scores = []
-    for setting, accuracies in settings.items():
-        known = [accuracy for accuracy in accuracies if accuracy is not None]
+    for setting, rows in settings.items():
+        known = [row.val_accuracy for row in rows if row.status == "ok" and row.val_accuracy is not None]
+        failed = sum(row.status == "failed" for row in rows)
         mean = float(np.mean(known)) if known else math.nan
-        scores.append(Score(kind, setting, len(accuracies), len(known), mean))
-    if any(score.finished < score.trials for score in scores):
+        scores.append(Score(kind, setting, len(rows), len(known), failed, mean))
+    whole = [score for score in scores if score.finished == score.trials]
+    if not whole or any(score.finished + score.failed < score.trials for score in scores):
         return scores
-    best = max(scores, key=lambda score: score.val_accuracy)
+    best = max(whole, key=lambda score: score.val_accuracy)
     return [dataclasses.replace(score, chosen=score is best) for score in scores]
 
 
@@ -82,6 +84,6 @@ def to_markdown(scores: Sequence[Score]) -> str:
     for score in scores:
         accuracy = "-" if math.isnan(score.val_accuracy) else f"{100 * score.val_accuracy:.2f}"
         mark = "best" if score.chosen else ""
-        finished = f"{score.finished} of {score.trials}"
+        finished = f"{score.finished} of {score.trials}" + (f", {score.failed} failed" if score.failed else "")
         lines.append(f"| {score.kind} | {score.setting} | {finished} | {accuracy} | {mark} |")
     return "\n".join(lines) + "\n"

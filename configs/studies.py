@@ -14,8 +14,9 @@ from configs import digits
 
 Fields = Mapping[str, Any]
 Alternatives = Mapping[str, Fields]
-Cases = tuple[tuple[dict[str, str], dict[str, Any]], ...]
 """Fields that are not as in the base, nested, by the name of the alternative."""
+Cases = tuple[tuple[dict[str, str], dict[str, Any]], ...]
+"""Labels and such fields (`bvit_jax.grid.Case`)."""
 BEDS: Alternatives = {
     "few_digits": {"data": {"name": "few_digits"}, "model": {"patch_size": 2}},
     "digit_pairs": {"data": {"name": "digit_pairs"}, "model": {"patch_size": 8}},

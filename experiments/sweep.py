@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
         model, batch_size = trial.config.model, trial.config.batch_size
         sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
     for trial in trials:
-        if trial.result is None:
+        if trial.result is None and not start_run.has_begun(trial.directory):
             start_run.find(trial.config)
     images = {of.name: data.opened(of) for of in {trial.config.data for trial in trials}}
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
@@ -110,7 +110,8 @@ def main(argv: Sequence[str]) -> None:
 def _section(raw: dict[str, Any], name: str, fields: tuple[str, ...]) -> dict[str, Any]:
     """Returns a section of the configuration that may be absent, or be these fields."""
     section = raw.get(name, {})
-    require(not section or section.keys() == set(fields), f"config.{name}", section, f"of {' and '.join(fields)}")
+    known = isinstance(section, dict) and (not section or section.keys() == set(fields))
+    require(known, f"config.{name}", section, f"of {' and '.join(fields)}")
     return dict(section)
 
 

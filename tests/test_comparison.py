@@ -79,11 +79,34 @@ def test_only_what_is_equal_but_for_the_label_is_compared() -> None:
     assert (there.where, there.case, back.case) == ("pairs loss.router_z=0.0", "mixture", "dense")
 
 
+def test_a_run_of_several_places_is_compared_at_each() -> None:
+    sizes = [{"model.num_experts": number} for number in (4, 8)]
+    dense = dataclasses.replace(make("few", "dense", 0, **sizes[0]), also=(sizes[1] | {"seed": 0},))
+    trials = [dense, *(make("few", "mixture", 0, **size) for size in sizes)]
+    rows = [scored(trial, accuracy) for trial, accuracy in zip(trials, (0.5, 0.25, 0.75), strict=True)]
+    found = comparison.compare(trials, rows, "kind", ["dense"])
+    assert [(row.where, row.case, row.accuracy) for row in found] == [
+        ("few model.num_experts=4", "mixture", -0.25),
+        ("few model.num_experts=8", "mixture", 0.25),
+    ]
+
+
+def test_crossed_seeds_are_no_independent_samples() -> None:
+    trials = [make("few", kind, seed) for kind in CASES for seed in (0, 1)]
+    comparison.check("kind", ["dense"], trials)
+    data = dataclasses.replace(trials[0].config.data, seed=5)
+    other = dataclasses.replace(trials[0], config=dataclasses.replace(trials[0].config, data=data))
+    with pytest.raises(ConfigError, match=r"grid\.data\.seed = '2 values': it must be one, or -1, the seed of the run"):
+        comparison.check("kind", ["dense"], [*trials, other])
+
+
 @pytest.mark.parametrize(
     ("label", "baselines", "message"),
     [
         ("kin", ["dense"], "compare.label = 'kin': it must be bed or kind"),
         ("kind", ["standard"], "compare.baselines = 'standard': it must be dense or mixture"),
+        ("kind", "dense", "compare.baselines = 'dense': it must be a non-empty sequence of dense or mixture"),
+        ("kind", [], "compare.baselines = []: it must be a non-empty sequence of dense or mixture"),
     ],
 )
 def test_a_comparison_with_what_is_not_there_is_refused(label: str, baselines: list[str], message: str) -> None:

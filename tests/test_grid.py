@@ -188,20 +188,34 @@ def test_cases_are_all_combinations_the_last_label_outweighing_the_first():
     )
 
 
+def test_two_cases_of_one_run_are_refused(tmp_path):
+    cases = [({"kind": "base"}, {}), ({"kind": "x 3"}, {"optimizer": {"expert_multiplier": 3.0}})]
+    with pytest.raises(ConfigError) as caught:
+        grids.expand(base(), {}, tmp_path, cases)  # a butterfly's multiplier is 3
+    assert str(caught.value) == "cases = {'kind': 'x 3'}: it must be another run than {'kind': 'base'}, not the same"
+
+
+def test_a_run_that_several_values_mean_knows_them_all(tmp_path):
+    grid = {"model": {"family": ("dense",), "num_experts": (4, 8, 16)}}
+    [found] = grids.expand(base(), grid, tmp_path)
+    assert [each["model.num_experts"] for each in (found.chosen, *found.also)] == [4, 8, 16]
+
+
 def test_the_images_can_follow_the_seed_of_the_run(tmp_path):
     case = ({"bed": "few"}, {"data": {"name": "few_digits"}})
     found = grids.expand(base(), {"seed": (3, 5), "data": {"seed": (-1,)}}, tmp_path, [case])
     assert [(trial.config.seed, trial.config.data.seed) for trial in found] == [(3, 3), (5, 5)]
     assert len({trial.group for trial in found}) == 1
     assert [trial.label for trial in found] == [
-        "butterfly separate 16 experts few seed 3",
-        "butterfly separate 16 experts few seed 5",
+        "butterfly separate 4 experts few seed 3",
+        "butterfly separate 4 experts few seed 5",
     ]
 
 
 def test_trials_of_other_images_than_their_seeds_say_so(tmp_path):
-    found = grids.expand(base(), {"data": {"seed": (0, 7)}}, tmp_path)
-    assert [trial.label.partition("experts ")[2] for trial in found] == ["seed 0", "seed 0 data.seed=7"]
+    case = ({"bed": "few"}, {"data": {"name": "few_digits"}})
+    found = grids.expand(base(), {"data": {"seed": (0, 7)}}, tmp_path, [case])
+    assert [trial.label.partition("experts ")[2] for trial in found] == ["few seed 0", "few seed 0 data.seed=7"]
     assert [sweep.result_row(trial).data_seed for trial in found] == [0, 7]
 
 

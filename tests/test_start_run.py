@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -76,18 +77,37 @@ def test_a_run_of_another_kind_is_refused_and_claims_no_directory(tmp_path, argu
 
 
 def test_a_run_on_another_split_of_the_same_images_has_seen_those_for_test(tmp_path):
-    def on(name: str, seed: int, **changes: object) -> Config:
-        data: dict[str, object] = {"name": name, "seed": seed}
-        if name == "procedural":
-            data |= {"image_size": 8, "channels": 1, "num_classes": 10}
-            data |= {"num_train": 40, "num_validation": 10, "num_test": 10}
-        return make_config("dense", data=data, **changes)
+    procedural = {"name": "procedural", "image_size": 8, "channels": 1, "num_classes": 10}
+    procedural |= {"num_train": 40, "num_validation": 10, "num_test": 10, "seed": 1}
+    prepared = {"name": "made", "image_size": 8, "stored_size": 8, "channels": 1, "num_classes": 10}
+    prepared |= {"num_train": 40, "num_validation": 10, "num_test": 10, "seed": 1}
+    prepared |= {"test_split": "test", "reading": "memory"}
+    few = {"name": "few_digits", "num_train": 300, "seed": 0}
 
-    source = made(tmp_path / "run", on("procedural", 1), {"params_digest": "a" * 16})
-    assert start_run.find(on("procedural", 1, start_from=source)) == start_run.Start(source, "a" * 16)
-    with pytest.raises(ConfigError, match=r"the same split of procedural; its data\.seed is 1, not 2, so that it has"):
-        start_run.find(on("procedural", 2, start_from=source))
-    assert start_run.find(on("digits", 0, start_from=source)) is not None  # other images altogether
+    def find(source: dict[str, object], own: dict[str, object]) -> object:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        path = made(tmp_path / "run", make_config("dense", data=source), {"params_digest": "a" * 16})
+        return start_run.find(make_config("dense", data=own, start_from=path))
+
+    for source, own in (
+        *((procedural, procedural), (prepared, prepared), (few, few)),
+        (prepared, prepared | {"num_train": 20, "num_test": 5}),  # those held out come first
+        (prepared, prepared | {"name": "made:1.0.0"}),
+        (few, few | {"num_train": 100}),
+        (procedural, {"name": "digits"}),  # other images altogether
+    ):
+        assert find(source, own) == start_run.Start(str(tmp_path / "run"), "a" * 16)
+    for source, field, value in (
+        *((procedural, "seed", 2), (procedural, "num_train", 50), (procedural, "num_test", 9)),
+        *((prepared, "seed", 2), (prepared, "num_validation", 11)),
+        (few, "seed", 2),
+    ):
+        before = re.escape(f"the same images held out; its data.{field} is {source[field]}, not {value}, so that it")
+        with pytest.raises(ConfigError, match=before):
+            find(source, source | {field: value})
+    # Both are scikit-learn's digits, dealt otherwise.
+    with pytest.raises(ConfigError, match=r"its data\.name is few_digits, not digits"):
+        find(few, {"name": "digits"})
 
 
 def test_the_form_reference_cannot_start_from_a_dense_model():
@@ -154,12 +174,11 @@ def test_a_whole_run_from_a_dense_one_and_its_source_gone(dense, tmp_path, monke
             train.run(config, workdir, show_progress=False)
     digest = json.loads((source / "result.json").read_text())["params_digest"]
     assert json.loads((workdir / start_run.FILE).read_text())["params_digest"] == digest
-    source.rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="finished run; there is no such directory"):
-        train.run(config, workdir, show_progress=False)
-    (tmp_path / "elsewhere").rename(source)
-    result = train.run(config, workdir, show_progress=False)
     shutil.rmtree(source)
+    shutil.copytree(workdir, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(ConfigError, match="finished run; there is no such directory"):  # it would begin again
+        train.run(config, tmp_path / "bare", show_progress=False)
+    result = train.run(config, workdir, show_progress=False)
     assert train.run(config, workdir, show_progress=False) == result
     # A run that was never trained guesses among ten digits: its head begins as zeros.
     assert result["validation_nll"] < np.log(10)

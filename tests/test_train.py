@@ -453,7 +453,22 @@ def test_a_run_whose_experts_cannot_be_measured_is_reported_all_the_same(finishe
     result = train.run(config, tmp_path, show_progress=False)
     assert without_timing(result) | {"experts": expected["experts"]} == without_timing(expected)
     assert "experts" not in json.loads((tmp_path / "result.json").read_text())
-    assert "whether experts differ could not be measured: RESOURCE_EXHAUSTED: 12 GB\n" in capsys.readouterr().err
+    told = (
+        "whether experts differ could not be measured: RESOURCE_EXHAUSTED: 12 GB; experiments.evaluate --experts tries"
+    )
+    assert told in capsys.readouterr().err
+
+
+def test_other_troubles_with_experts_are_told_as_they_are(finished, tmp_path, monkeypatch):
+    def broken(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    config, workdir, _ = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "result.json").unlink()
+    monkeypatch.setattr(expert_use, "measure", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        train.run(config, tmp_path, show_progress=False)
 
 
 def test_dead_experts_are_warned_of_with_their_numbers(tmp_path, capsys):

@@ -8,14 +8,16 @@ from bvit_jax import sweep, tuning
 from bvit_jax.model_config import ConfigError
 from tests.conftest import make_config
 
+LABELS = ("family", "setting")
+
 
 def make(family: str, rate: float, seed: int, bed: str = "few") -> sweep.Trial:
     labels = {"bed": bed, "family": family, "setting": f"{rate}"}
     return sweep.Trial(make_config(f"{family},4", seed=seed), Path("absent"), "", labels)
 
 
-def scored(trial: sweep.Trial, accuracy: float | None) -> sweep.ResultRow:
-    row = sweep.result_row(trial)
+def scored(trial: sweep.Trial, accuracy: float | None, cause: str | None = None) -> sweep.ResultRow:
+    row = sweep.result_row(trial, cause)
     return row if accuracy is None else dataclasses.replace(row, status="ok", val_accuracy=accuracy, test_accuracy=0.1)
 
 
@@ -49,6 +51,17 @@ def test_nothing_finished_is_a_table_without_a_choice() -> None:
     assert math.isnan(score.val_accuracy)
     assert not score.chosen
     assert "| dense | 0.1 | 0 of 1 | - |  |" in tuning.to_markdown([score])
+
+
+def test_a_setting_with_a_failed_trial_is_not_chosen_and_holds_up_nobody() -> None:
+    trials = [make("dense", rate, seed) for rate in (0.1, 0.2) for seed in (0, 1)]
+    rows = [scored(trials[0], 0.9), scored(trials[1], None, "loss is nan"), scored(trials[2], 0.5)]
+    assert not any(score.chosen for score in tuning.choose(trials[:3], [*rows[:2], scored(trials[2], None)], *LABELS))
+    found = tuning.choose(trials, [*rows, scored(trials[3], 0.5)], *LABELS)
+    assert [(score.finished, score.failed, score.chosen) for score in found] == [(1, 1, False), (2, 0, True)]
+    assert "| dense | 0.1 | 1 of 2, 1 failed | 90.00 |  |" in tuning.to_markdown(found)
+    [only] = tuning.choose(trials[:2], rows[:2], *LABELS)
+    assert not only.chosen
 
 
 @pytest.mark.parametrize(
