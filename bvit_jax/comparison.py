@@ -131,35 +131,3 @@ def _compared(place: str, case: str, baseline: str, pairs: Sequence[tuple[Result
         val_accuracy_interval=interval(validation),
         baseline_accuracy=float(np.mean([other.test_accuracy for _, other in pairs])),
     )
-
-
-def to_markdown(comparisons: Sequence[Comparison], label: str) -> str:
-    """Formats a table for each baseline."""
-    lines = []
-    for baseline in dict.fromkeys(row.baseline for row in comparisons):
-        lines += [
-            "",
-            f"Difference to {label} = {baseline}, paired by seed: mean ± half the 95 % confidence interval, accuracy",
-            "in points; last the test accuracy of the baseline. Of twenty rows without a difference, one is beyond its",
-            "interval by chance; what is chosen is to be chosen on validation.",
-            "",
-            f"| where | {label} | seeds | test accuracy | test NLL | validation accuracy | baseline |",
-            "|" + "---|" * 7,
-            *(_line(row) for row in comparisons if row.baseline == baseline),
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _line(row: Comparison) -> str:
-    cells = [
-        *(row.where or "-", row.case, str(row.seeds)),
-        _signed(row.accuracy, row.accuracy_interval, 2, 100),
-        _signed(row.nll, row.nll_interval, 3),
-        _signed(row.val_accuracy, row.val_accuracy_interval, 2, 100),
-        f"{100 * row.baseline_accuracy:.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _signed(mean: float, half: float | None, digits: int, unit: float = 1) -> str:
-    return f"{unit * mean:+.{digits}f}" + ("" if half is None else f" ± {unit * half:.{digits}f}")

@@ -1,10 +1,12 @@
 """How sure a mean is: confidence intervals of 95 % by Student's t.
 
 For n values of mean m and sample standard deviation s the interval is m ± t(0.975, n - 1) s / sqrt(n). Over the seeds
-of a sweep it tells how sure the mean is on these test images, not how far other images would move it.
+of a sweep it tells how sure the mean is on these test images, not how far other images would move it. Where every seed
+deals one pool of images anew, it tells of both, but the deals overlap, so that it is too narrow (Nadeau & Bengio).
 
 References:
     Student, "The Probable Error of a Mean", Biometrika 6 (1908); quantiles from `scipy.stats.t`.
+    Nadeau and Bengio, "Inference for the Generalization Error", Machine Learning 52 (2003).
 """
 
 import math

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from bvit_jax import (
     case_plots,
+    case_tables,
     comparison,
     config,
     data,
@@ -177,7 +178,7 @@ class _Report:
             if self._compare:
                 found = comparison.compare(self.trials, rows, **self._compare)
                 files.write_rows(self.workdir / "comparisons.csv", [dataclasses.asdict(row) for row in found])
-                text += comparison.to_markdown(found, self._compare["label"])
+                text += case_tables.to_markdown(summaries, found, self._compare["label"])
             if self._choose:
                 scores = tuning.choose(self.trials, rows, **self._choose)
                 files.write_rows(self.workdir / "tuning.csv", [dataclasses.asdict(score) for score in scores])

@@ -1,0 +1,52 @@
+import dataclasses
+
+from bvit_jax import case_tables, comparison, expert_use, sweep
+from tests.test_comparison import make, scored
+
+USE = expert_use.Means(output_cosine=0.5, experts_used=3.0, lost_shuffled=0.25, lost_one=0.125)
+
+
+def of_bed(trial: sweep.Trial) -> sweep.Trial:
+    """The trial with a configuration that only those of its bed have."""
+    size = len(trial.labels["bed"])
+    return dataclasses.replace(trial, config=dataclasses.replace(trial.config, batch_size=size))
+
+
+def tables(accuracies: dict[tuple[str, str], tuple[float, ...]], baselines: list[str], **chosen: object) -> list[str]:
+    trials = [of_bed(make(*case, seed, **chosen)) for case, line in accuracies.items() for seed in range(len(line))]
+    rows = [scored(trial, value) for trial, value in zip(trials, sum(accuracies.values(), ()), strict=True)]
+    rows = [dataclasses.replace(row, **dataclasses.asdict(USE)) if row.form != "-" else row for row in rows]
+    found = comparison.compare(trials, rows, "kind", baselines)
+    text = case_tables.to_markdown(sweep.summarise(trials, rows), found, "kind")
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_accuracies_and_differences_by_place_by_hand() -> None:
+    accuracies = {("few", "dense"): (0.5, 0.6), ("few", "mixture"): (0.6, 0.8), ("pairs", "mixture"): (0.25,)}
+    size = sweep.result_row(make("few", "mixture", 0)).bytes_full_ffn / 1e3
+    dense = sweep.result_row(make("few", "dense", 0)).bytes_full_ffn / 1e3
+    # Two values lie half their distance from their mean, and t of one degree of freedom is 12.706.
+    assert tables(accuracies, ["dense"]) == [
+        "| kind | few | pairs | cosine | lost, one expert | kB |",
+        f"| dense | 55.00 ± 63.53 | - | - | - | {dense:.1f} |",
+        f"| mixture | 70.00 ± 127.06 | 25.00 | 0.50 / 0.50 | 12.5 / 12.5 | {size:.1f} |",
+        "| kind | few | pairs |",
+        "| mixture | +15.00 ± 63.53 | - |",
+    ]
+
+
+def test_every_baseline_has_a_table_and_a_single_seed_no_interval() -> None:
+    accuracies = {("few", "dense"): (0.5,), ("few", "mixture"): (0.25,)}
+    assert [line for line in tables(accuracies, ["dense", "mixture"]) if line.endswith("00 |")] == [
+        "| mixture | -25.00 |",
+        "| dense | +25.00 |",
+    ]
+
+
+def test_values_of_the_grid_are_places_too() -> None:
+    header = tables({("few", "dense"): (0.5,)}, [], **{"loss.router_z": 0.5})[0]
+    assert header == "| kind | few loss.router_z=0.5 | cosine | lost, one expert | kB |"
+
+
+def test_nothing_finished_is_no_table() -> None:
+    assert case_tables.to_markdown([], [], "kind") == ""
