@@ -55,6 +55,7 @@ class DataConfig:
             bed only `num_train` is free, with as many images of each class: a multiple of 10, 100 to 1,000
             (`few_digits`), of 100 to 100,000 (`digit_pairs`) or of 12 to 24,000 (`photo_patches`).
         seed: of the split into training and validation; of `procedural`, of the images; of a test bed, of everything.
+            -1, which `config.resolve` takes, is the run's.
     """
 
     name: str

@@ -84,7 +84,7 @@ def ledger(config: Config, storage: Storage | None = None) -> Ledger:
     The `paper` accounting counts the mixture layers only; for a dense model, which has none, all its FFNs.
 
     Args:
-        config: the run whose model it is; the file's header holds it whole.
+        config: the run whose model it is; the file's header holds it, but for `start_from`.
         storage: number formats; by default those that the model is trained with.
     """
     storage = storage or as_trained(config.model)

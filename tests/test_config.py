@@ -379,6 +379,22 @@ def test_the_multiplier_of_experts_is_their_familys_unless_one_is_given():
     assert multiplier("standard", 0.0) == 0
 
 
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("dense", set()),
+        ("standard", {"expert", "router"}),
+        ("ternary", {"expert", "router"}),
+        ("butterfly", {"expert", "router", "angle"}),
+    ],
+)
+def test_only_multipliers_of_what_a_family_has_tell_its_runs_apart(family, own):
+    names = ("expert", "angle", "router")
+    given = {f"optimizer__{name}_multiplier": 0.5 for name in names}
+    found = resolve(raw_config(model__family=family, **given)).optimizer
+    assert {name for name in names if getattr(found, f"{name}_multiplier") == 0.5} == own
+
+
 def test_a_dense_model_made_of_another_has_no_multiplier_of_experts():
     config = changed("optimizer.expert_multiplier", 2.0)
     assert config.with_experts("dense", "separate", 1) == changed("model.family", "dense")

@@ -152,6 +152,14 @@ def test_only_pairs_are_turned(d_model, d_ff, num_stages, angles):
     assert (standard.rotations, standard.activations) == (0, own.activations)
 
 
+def test_without_hidden_rotations_only_d_model_is_turned():
+    # Two stages of 4 pairs, forth and back, of 2 rows of 2 tokens: 6 numbers of 4 bytes a turn.
+    own, all_sides = (energy.step(small(rotations=which).model, Storage()) for which in ("outer", "all"))
+    assert own.rotations == pytest.approx(2 * 2 * 16 * 6 * 50)
+    # 3 experts' angles that are not read: two rotations of 2 stages of 8 pairs each.
+    assert all_sides.weights - own.weights == pytest.approx(3 * 32 * 4 * 160)
+
+
 def test_only_mixture_layers_count():
     one = parts(small())
     assert parts(small(num_layers=3)) == pytest.approx(tuple(3 * part for part in one))

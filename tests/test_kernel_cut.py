@@ -176,7 +176,9 @@ def make_cut(sides: Sides, d_ff: int, strips: int) -> Cut:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("d_ff", "stages", "strips"), [(16, 1, 2), (24, 1, 3), (32, 2, 2), (32, 2, 4), (64, 3, 2)])
+@pytest.mark.parametrize(
+    ("d_ff", "stages", "strips"), [(16, 0, 2), (16, 1, 2), (24, 1, 3), (32, 2, 2), (32, 2, 4), (64, 3, 2)]
+)
 def test_the_ffns_of_strips_add_up_to_the_whole(d_ff: int, stages: int, strips: int, tied: bool) -> None:
     rng = np.random.default_rng(0)
     sides, d_model = make_sides(8, d_ff, stages, tied=tied), 8

@@ -233,6 +233,20 @@ def test_bytes_grow_with_the_angles_and_the_router_alone(form, pairs, d_model, d
     assert grown == {"angles", "router"}
 
 
+@pytest.mark.parametrize(("form", "rotations"), [("separate", 2), ("tied", 1), ("reference", 1)])
+def test_without_hidden_rotations_an_expert_is_its_angles_of_d_model(form, rotations, key):
+    few, more = (ledger(small("butterfly", form, rotations="outer", num_experts=number)) for number in (5, 6))
+    # 2 stages of 4 pairs, 4 bytes each, in 2 layers.
+    assert more.bytes_paper - few.bytes_paper == pytest.approx(2 * rotations * 8 * 4)
+    config = small("butterfly", form, rotations="outer")
+    params = vit.init_params(config.model, key)
+    assert ledger(config).params == memory.count_params(params)
+    raw = packed_file.pack(params, config)
+    assert len(raw) == ledger(config).bytes_full
+    angles = [name for name in packed_file.unpack(raw).arrays if "angles" in name]
+    assert len(angles) == rotations
+
+
 def test_a_standard_mixture_grows_by_whole_experts():
     few, more = (ledger(small("standard", num_experts=number)) for number in (5, 6))
     assert more.bytes_paper - few.bytes_paper == 2 * 2 * 128 * 4

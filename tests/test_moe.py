@@ -251,6 +251,7 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "ternary": {"family": "ternary", "ternary_scale": "tensor"},
     "separate": {"num_stages": 2, "angle_bits": 4},
     "separate, by blocks, one expert": {"dispatch": "blocks", "num_experts": 1, "top_k": 1},
+    "separate, outer": {"rotations": "outer", "num_stages": 2},
     "tied": {"form": "tied", "num_stages": 5},
     "reference": {"form": "reference", "num_stages": 2},
 }
