@@ -135,10 +135,13 @@ class Config:
         return dataclasses.replace(self, model=model.canonical()).canonical()
 
     def canonical(self) -> "Config":
-        """Resets the multiplier of experts that a dense model lacks, so that equal runs have equal configurations."""
-        if self.model.family != "dense":
-            return self
-        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, expert_multiplier=1.0))
+        """Resets the multipliers of parameters that the family lacks, so that equal runs have equal ones."""
+        lacking: dict[Family, tuple[str, ...]] = {
+            "dense": ("expert_multiplier", "angle_multiplier", "router_multiplier"),
+            **dict.fromkeys(("standard", "ternary"), ("angle_multiplier",)),
+        }
+        neutral: dict[str, Any] = dict.fromkeys(lacking.get(self.model.family, ()), 1.0)
+        return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **neutral))
 
     def without_seeds(self) -> "Config":
         """Returns the same run with both seeds, its own and that of the images, 0: equal for runs of one kind."""
