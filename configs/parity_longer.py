@@ -1,0 +1,16 @@
+"""`configs.parity` with twice the steps, at the same rates: what takes longer to learn must not lose by it.
+
+Command:   python -m experiments.sweep --config=configs/parity_longer.py
+Hardware:  2 CPU cores
+Time:      not yet run
+Result:    not yet run
+"""
+
+import ml_collections
+
+from configs import parity
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the sweep; sections as in `configs.ablation_training`."""
+    return parity.of_steps(4000)
