@@ -1,11 +1,11 @@
-"""Tables of a sweep's cases: a row for each case, a column for each place where they are compared."""
+"""Tables of a sweep's cases: a row for each case, a column for each place where they are compared, one for all."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bvit_jax import comparison
-from bvit_jax.comparison import Comparison
+from bvit_jax.comparison import EVERYWHERE, Comparison
 from bvit_jax.sweep import Summary
 
 _MEANS = """
@@ -42,8 +42,10 @@ def to_markdown(summaries: Sequence[Summary], comparisons: Sequence[Comparison],
         for row in comparisons:
             if row.baseline == baseline:
                 cases.setdefault(row.case, {})[row.where] = row
-        rows = [[case, *_cells(found, places, _difference)] for case, found in cases.items()]
-        lines += [_DIFFERENCES.format(label=label, baseline=baseline), *_table([label, *places], rows)]
+        several = any(EVERYWHERE in found for found in cases.values())
+        columns = [*places, EVERYWHERE] if several else places
+        rows = [[case, *_cells(found, columns, _difference)] for case, found in cases.items()]
+        lines += [_DIFFERENCES.format(label=label, baseline=baseline), *_table([label, *columns], rows)]
     return "\n".join(lines) + "\n"
 
 

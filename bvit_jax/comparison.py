@@ -5,6 +5,7 @@ difference varies less than either.
 """
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,16 +16,19 @@ from bvit_jax import intervals
 from bvit_jax.model_config import require
 from bvit_jax.sweep import ResultRow, Trial
 
+EVERYWHERE = "all places"
+"""Where a comparison stands that takes the pairs of all places together, as independent of each other."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """A case against another that differs in one label, by the seeds that both have finished.
 
     Attributes:
-        where: the other labels and settings, the same for both.
+        where: the other labels and settings, the same for both; or `EVERYWHERE`.
         case, baseline: the label's values.
         num_experts: of the case.
-        seeds: pairs of trials.
+        seeds: pairs of trials, of one place or of all.
         accuracy, nll, val_accuracy: mean difference in test accuracy and NLL and in validation accuracy, case minus
             baseline; accuracies as shares.
         accuracy_interval, nll_interval, val_accuracy_interval: half the width of their confidence intervals; None for a
@@ -76,7 +80,8 @@ def compare(
         baselines: values of the label.
 
     Returns:
-        A row for each pair with a seed in common, in the order of the trials, baseline by baseline.
+        A row for each case and place with a seed in common, in the order of the trials, baseline by baseline. Behind
+        those of a baseline, one of all pairs of a case that stands at several places, if no trial is in two pairs.
     """
     finished: dict[tuple[str, str], dict[tuple[int, int], ResultRow]] = {}
     for trial, row in zip(trials, rows, strict=True):
@@ -86,12 +91,24 @@ def compare(
                 seeds_of[trial.config.seed, trial.config.data.seed] = row
     found = []
     for baseline in baselines:
+        pairs_of: dict[str, list[list[tuple[ResultRow, ResultRow]]]] = {}
         for (place, case), results in finished.items():
             others = finished.get((place, baseline), {})
-            seeds = sorted(results.keys() & others.keys())
-            if case != baseline and seeds:
-                found.append(_compared(place, case, baseline, [(results[seed], others[seed]) for seed in seeds]))
+            pairs = [(results[seed], others[seed]) for seed in sorted(results.keys() & others.keys())]
+            if case != baseline and pairs:
+                found.append(_compared(place, case, baseline, pairs))
+                pairs_of.setdefault(case, []).append(pairs)
+        for case, by_place in pairs_of.items():
+            everywhere = list(itertools.chain(*by_place))
+            if len(by_place) > 1 and _each_once(everywhere):
+                found.append(_compared(EVERYWHERE, case, baseline, everywhere))
     return found
+
+
+def _each_once(pairs: Sequence[tuple[ResultRow, ResultRow]]) -> bool:
+    """Says whether no trial is in two pairs, which would then not be independent."""
+    trials = [row.trial for pair in pairs for row in pair]
+    return len(set(trials)) == len(trials)
 
 
 def places(trial: Trial, label: str) -> list[str]:

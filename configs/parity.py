@@ -1,8 +1,8 @@
 """Are rotated experts as good as stored ones? All families on the test beds, equal steps and equal tuning.
 
-Every seed deals the images anew, for all kinds alike. The deals overlap with one another, and with those that rates and
-recipe were chosen by: none is new, and intervals are rather too narrow. Rates are of 16 experts, and of the larger dense
-model, also for 64 and for the dense models of equal bytes.
+Every seed deals the images anew, for all kinds alike. The deals overlap with one another, and with those that rates
+and recipe were chosen by: no image is new, and intervals are rather too narrow. Rates tuned for 16 experts serve 64,
+those of the dense model of d_ff 128 the dense models of equal bytes.
 
 Command:   python -m experiments.sweep --config=configs/parity.py
 Hardware:  2 CPU cores

@@ -6,14 +6,8 @@ from tests.test_comparison import make, scored
 USE = expert_use.Means(output_cosine=0.5, experts_used=3.0, lost_shuffled=0.25, lost_one=0.125)
 
 
-def of_bed(trial: sweep.Trial) -> sweep.Trial:
-    """The trial with a configuration that only those of its bed have."""
-    size = len(trial.labels["bed"])
-    return dataclasses.replace(trial, config=dataclasses.replace(trial.config, batch_size=size))
-
-
 def tables(accuracies: dict[tuple[str, str], tuple[float, ...]], baselines: list[str], **chosen: object) -> list[str]:
-    trials = [of_bed(make(*case, seed, **chosen)) for case, line in accuracies.items() for seed in range(len(line))]
+    trials = [make(*case, seed, **chosen) for case, line in accuracies.items() for seed in range(len(line))]
     rows = [scored(trial, value) for trial, value in zip(trials, sum(accuracies.values(), ()), strict=True)]
     rows = [dataclasses.replace(row, **dataclasses.asdict(USE)) if row.form != "-" else row for row in rows]
     found = comparison.compare(trials, rows, "kind", baselines)
@@ -32,6 +26,15 @@ def test_accuracies_and_differences_by_place_by_hand() -> None:
         f"| mixture | 70.00 ± 127.06 | 25.00 | 0.50 / 0.50 | 12.5 / 12.5 | {size:.1f} |",
         "| kind | few | pairs |",
         "| mixture | +15.00 ± 63.53 | - |",
+    ]
+
+
+def test_several_places_have_a_column_of_all() -> None:
+    accuracies = {(bed, kind): (0.5,) for bed in ("few", "pairs") for kind in ("dense", "mixture")}
+    accuracies["pairs", "mixture"] = (0.75,)
+    assert tables(accuracies, ["dense"])[-2:] == [
+        "| kind | few | pairs | all places |",
+        "| mixture | +0.00 | +25.00 | +12.50 ± 158.83 |",  # 12.706 x 12.5
     ]
 
 

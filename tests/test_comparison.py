@@ -11,7 +11,7 @@ CASES = {"dense": "dense,4", "mixture": "butterfly,4"}
 
 
 def make(bed: str, kind: str, seed: int, **chosen: object) -> sweep.Trial:
-    config = make_config(CASES[kind], seed=seed)
+    config = make_config(CASES[kind], seed=seed, batch_size=len(bed))  # runs of one bed are no other's
     return sweep.Trial(config, Path("absent"), f"{bed} {kind}", {"bed": bed, "kind": kind}, {"seed": seed} | chosen)
 
 
@@ -33,7 +33,7 @@ def test_differences_are_paired_by_seed_and_by_hand() -> None:
     trials = [make(*case, seed) for case, accuracies in scores.items() for seed in range(len(accuracies))]
     accuracies = [accuracy for line in scores.values() for accuracy in line]
     rows = [scored(trial, accuracy) for trial, accuracy in zip(trials, accuracies, strict=True)]
-    pairs, few = comparison.compare(trials, rows, "kind", ["dense"])
+    pairs, few, _ = comparison.compare(trials, rows, "kind", ["dense"])
     # Seeds 0 and 1 are done in both: differences 0.1 and 0.2, deviation sqrt(2 x 0.05^2) over sqrt(2) = 0.05.
     assert (pairs.where, pairs.case, pairs.baseline, pairs.seeds) == ("pairs", "mixture", "dense", 2)
     assert pairs.num_experts == 4
@@ -45,6 +45,21 @@ def test_differences_are_paired_by_seed_and_by_hand() -> None:
     assert pairs.val_accuracy_interval == pytest.approx(12.7062 * 0.025, rel=1e-5)
     assert pairs.baseline_accuracy == pytest.approx(0.55)
     assert (few.where, few.accuracy, few.accuracy_interval, few.nll_interval) == ("few", -0.25, None, None)
+
+
+def test_the_pairs_of_all_places_together_by_hand() -> None:
+    scores = {("pairs", "dense"): 0.5, ("pairs", "mixture"): 0.75, ("few", "dense"): 0.5, ("few", "mixture"): 0.5}
+    trials = [make(*case, seed) for case in scores for seed in (0, 1)]
+    rows = [scored(trial, scores[trial.labels["bed"], trial.labels["kind"]]) for trial in trials]
+    found = comparison.compare(trials, rows, "kind", ["dense"])
+    assert [(row.where, row.seeds, row.accuracy) for row in found] == [
+        ("pairs", 2, 0.25),
+        ("few", 2, 0.0),
+        (comparison.EVERYWHERE, 4, 0.125),
+    ]
+    # Four differences, 0.125 from their mean: s^2 = 4 x 0.125^2 / 3, over sqrt(4); t of three degrees is 3.18245.
+    assert found[2].accuracy_interval == pytest.approx(3.18245 * 0.125 * (4 / 3) ** 0.5 / 2, rel=1e-5)
+    assert found[2].baseline_accuracy == 0.5
 
 
 def test_trials_are_paired_by_both_seeds() -> None:
