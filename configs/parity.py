@@ -39,7 +39,9 @@ KINDS: studies.Alternatives = {
         for family in ("standard", "ternary", "butterfly")
         for number in (16, 64)
     },
+    "standard 16, x 1": {"model": {"family": "standard"}, "optimizer": {"expert_multiplier": 1.0}},
 }
+"""The last has the recipe's rates, since the tuning's scores of stored experts are close to each other."""
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -49,7 +51,8 @@ def get_config() -> ml_collections.ConfigDict:
 
 def of_steps(total_steps: int) -> ml_collections.ConfigDict:
     """Returns the sweep with trials of so many steps."""
-    baselines = ("standard 16", "standard 64", *(f"dense, bytes of butterfly {number}" for number in EQUAL_BYTES))
+    stored = ("standard 16", "standard 64", "standard 16, x 1")
+    baselines = (*stored, *(f"dense, bytes of butterfly {number}" for number in EQUAL_BYTES))
     cases, compare = studies.cases(bed=studies.BEDS, kind=KINDS), {"label": "kind", "baselines": baselines}
     config = studies.sweep(cases, range(10, 15), compare=compare)
     config.base.total_steps = total_steps
