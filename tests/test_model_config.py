@@ -35,8 +35,9 @@ OTHER = {
     "channels": 3,
     "num_classes": 7,
 }
-BUTTERFLY_ONLY = {"form", "rotations", "num_stages", "stride_order", "ternary_scale", "angle_bits", "angle_init"} | {
-    "dispatch"
+BUTTERFLY_ONLY = {
+    *("form", "rotations", "num_stages", "stride_order"),
+    *("ternary_scale", "angle_bits", "angle_init", "dispatch"),
 }
 FAMILIES = ["dense", "standard", "ternary", "butterfly"]
 MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_precision"}

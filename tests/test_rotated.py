@@ -152,9 +152,7 @@ PATHS: dict[str, dict[str, object]] = {
         f"{path}, {form}, outer": {"dispatch": path, "form": form, **OUTER}
         for path, form in (("rows", "separate"), ("rows", "reference"), ("blocks", "separate"), ("blocks", "tied"))
     },
-    **{
-        f"fused, {form}, outer": {"dispatch": "fused", "form": form, **LARGE, "rotations": "outer"} for form in TWO_WAYS
-    },
+    **{f"fused, {form}, outer": {"dispatch": "fused", "form": form, **LARGE, **OUTER} for form in TWO_WAYS},
     "blocks, narrower within": {"dispatch": "blocks", "d_model": 20, "d_ff": 6, "num_stages": 3},
     "blocks, reference, narrower": {"dispatch": "blocks", "form": "reference", "d_model": 20, "d_ff": 6},
 }
