@@ -29,6 +29,7 @@ class Shape:
     stages: int = 2
     tied: bool = False
     order: butterfly.StrideOrder = "descending"
+    outer: bool = False
 
 
 def plan_of(shape: Shape, device: str) -> Plan:
@@ -36,6 +37,7 @@ def plan_of(shape: Shape, device: str) -> Plan:
         butterfly.make_stages(dim, min(shape.stages, butterfly.max_stages(dim)), shape.order)
         for dim in (shape.d_model, shape.d_ff)
     )
+    wide = () if shape.outer else wide
     last = ("phi", "theta") if shape.tied else ("down_theta", "down_phi")
     sides = (
         Side("theta", narrow, True),
@@ -91,6 +93,8 @@ SHAPES = {
         ("v6e:2x2",),
     ),
     "ViT-B": (Shape(768, 3072), ("v5e:2x2",)),
+    "no hidden rotations": (Shape(128, 512, 16, outer=True), ("v5e:2x2",)),
+    "no hidden rotations, tied": (Shape(128, 512, 16, outer=True, tied=True), ("v6e:2x2",)),
 }
 
 
