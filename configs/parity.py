@@ -46,14 +46,14 @@ KINDS: studies.Alternatives = {
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns the sweep; sections as in `configs.ablation_training`."""
-    return of_steps(2000)
+    return of_steps(2000, KINDS)
 
 
-def of_steps(total_steps: int) -> ml_collections.ConfigDict:
-    """Returns the sweep with trials of so many steps."""
+def of_steps(total_steps: int, kinds: studies.Alternatives) -> ml_collections.ConfigDict:
+    """Returns the sweep of these kinds with trials of so many steps."""
     stored = ("standard 16", "standard 64", "standard 16, x 1")
     baselines = (*stored, *(f"dense, bytes of butterfly {number}" for number in EQUAL_BYTES))
-    cases, compare = studies.cases(bed=studies.BEDS, kind=KINDS), {"label": "kind", "baselines": baselines}
+    cases, compare = studies.cases(bed=studies.BEDS, kind=kinds), {"label": "kind", "baselines": baselines}
     config = studies.sweep(cases, range(10, 15), compare=compare)
     config.base.total_steps = total_steps
     config.grid.data = studies.SEED_OF_THE_RUN
