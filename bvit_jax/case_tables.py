@@ -1,21 +1,22 @@
 """Tables of a sweep's cases: a row for each case, a column for each place where they are compared, one for all."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from bvit_jax import comparison
 from bvit_jax.comparison import EVERYWHERE, Comparison
 from bvit_jax.sweep import Summary
 
 _MEANS = """
-Test accuracy in per cent, mean ± half the 95 % confidence interval over seeds, by {label}. Cosine: of what two experts
-of a layer give for the same token, 1 if all are alike. Lost: points of accuracy when all experts of a layer are
-replaced by its most used one. Both by place. kB: 1,000 bytes, the FFN or mixture layers with everything stored.
+Test accuracy in per cent, mean ± half the 95 % confidence interval over {seeds} seeds, in brackets if over fewer, by
+{label}. Cosine: of what two experts of a layer give for the same token, 1 if all are alike. Lost: points of accuracy
+when all experts of a layer are replaced by its most used one. Both by place. kB: 1,000 bytes, the FFN or mixture layers
+with everything stored.
 """
 _DIFFERENCES = """
-Test accuracy less that of {label} = {baseline}, in points, paired by seed: mean ± half the 95 % confidence interval.
-Of twenty without a difference, one is beyond its interval by chance; what is chosen is to be chosen on validation.
+Test accuracy less that of {label} = {baseline}, in points, paired by seed: mean ± half the 95 % confidence interval,
+in brackets the seeds where they are fewer. All places: each seed's mean over them. Of twenty without a difference, one
+is beyond its interval by chance; what is chosen is to be chosen on validation.
 """
 
 
@@ -34,9 +35,10 @@ def to_markdown(summaries: Sequence[Summary], comparisons: Sequence[Comparison],
         of_case = by_case.setdefault(summary.trial.labels[label], {})
         of_case |= dict.fromkeys(comparison.places(summary.trial, label), summary)
     places = list(dict.fromkeys(place for found in by_case.values() for place in found))
+    seeds = max(summary.seeds for summary in summaries)
     header = [label, *places, "cosine", "lost, one expert", "kB"]
-    means = [[case, *_cells(found, places, _mean), *_of_case(found, places)] for case, found in by_case.items()]
-    lines = [_MEANS.format(label=label), *_table(header, means)]
+    means = [[case, *_means(found, places, seeds), *_of_case(found, places)] for case, found in by_case.items()]
+    lines = [_MEANS.format(label=label, seeds=seeds), *_table(header, means)]
     for baseline in dict.fromkeys(row.baseline for row in comparisons):
         cases: dict[str, dict[str, Comparison]] = {}
         for row in comparisons:
@@ -44,8 +46,8 @@ def to_markdown(summaries: Sequence[Summary], comparisons: Sequence[Comparison],
                 cases.setdefault(row.case, {})[row.where] = row
         several = any(EVERYWHERE in found for found in cases.values())
         columns = [*places, EVERYWHERE] if several else places
-        rows = [[case, *_cells(found, columns, _difference)] for case, found in cases.items()]
-        lines += [_DIFFERENCES.format(label=label, baseline=baseline), *_table([label, *columns], rows)]
+        differences = [[case, *_differences(found, columns, seeds)] for case, found in cases.items()]
+        lines += [_DIFFERENCES.format(label=label, baseline=baseline), *_table([label, *columns], differences)]
     return "\n".join(lines) + "\n"
 
 
@@ -54,29 +56,36 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(header), *lines[1:]]
 
 
-def _cells(found: Mapping[str, Any], places: Sequence[str], shown: Callable[[Any], str]) -> list[str]:
-    return [shown(found[place]) if place in found else "-" for place in places]
+def _means(found: Mapping[str, Summary], places: Sequence[str], seeds: int) -> list[str]:
+    return [
+        _cell(f"{100 * one.accuracy_mean:.2f}", one.accuracy_interval, one.seeds, seeds) if one else "-"
+        for one in map(found.get, places)
+    ]
 
 
-def _mean(summary: Summary) -> str:
-    half = summary.accuracy_interval
-    return f"{100 * summary.accuracy_mean:.2f}" + ("" if math.isnan(half) else f" ± {100 * half:.2f}")
+def _differences(found: Mapping[str, Comparison], places: Sequence[str], seeds: int) -> list[str]:
+    return [
+        _cell(f"{100 * one.accuracy:+.2f}", one.accuracy_interval, one.seeds, seeds) if one else "-"
+        for one in map(found.get, places)
+    ]
 
 
-def _difference(row: Comparison) -> str:
-    half = row.accuracy_interval
-    return f"{100 * row.accuracy:+.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+def _cell(mean: str, half: float | None, own: int, seeds: int) -> str:
+    interval = "" if half is None or math.isnan(half) else f" ± {100 * half:.2f}"
+    return mean + interval + (f" ({own})" if own < seeds else "")
 
 
 def _of_case(found: Mapping[str, Summary], places: Sequence[str]) -> list[str]:
-    """Returns what has no column of its own by place; bytes once where they are the same."""
-    here = [found[place] for place in places if place in found]
-    sizes = dict.fromkeys(f"{summary.sample.bytes_full_ffn / 1e3:.1f}" for summary in here)
-    cosines = [summary.experts.get("output_cosine", math.nan) for summary in here]
-    lost = [100 * summary.experts.get("lost_one", math.nan) for summary in here]
-    return [_listed(cosines, 2), _listed(lost, 1), " / ".join(sizes)]
+    """Returns what has no column of its own by place; bytes once where they are all the same."""
+    here = [found.get(place) for place in places]
+    sizes = [math.nan if one is None else one.sample.bytes_full_ffn / 1e3 for one in here]
+    known = {size for size in sizes if not math.isnan(size)}
+    cosines = [math.nan if one is None else one.experts.get("output_cosine", math.nan) for one in here]
+    lost = [math.nan if one is None else 100 * one.experts.get("lost_one", math.nan) for one in here]
+    return [_listed(cosines, 2), _listed(lost, 1), _listed([*known] if len(known) == 1 else sizes, 1)]
 
 
 def _listed(values: Sequence[float], digits: int) -> str:
-    known = not all(map(math.isnan, values))
-    return " / ".join(f"{value:.{digits}f}" for value in values) if known else "-"
+    if all(map(math.isnan, values)):
+        return "-"
+    return " / ".join("-" if math.isnan(value) else f"{value:.{digits}f}" for value in values)

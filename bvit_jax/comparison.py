@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from bvit_jax.model_config import require
 from bvit_jax.sweep import ResultRow, Trial
 
 EVERYWHERE = "all places"
-"""Where a comparison stands that takes the pairs of all places together, as independent of each other."""
+"""Where a comparison stands of the means over all places, seed by seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Comparison:
         where: the other labels and settings, the same for both; or `EVERYWHERE`.
         case, baseline: the label's values.
         num_experts: of the case.
-        seeds: pairs of trials, of one place or of all.
+        seeds: how many both have finished, at all places if all are meant.
         accuracy, nll, val_accuracy: mean difference in test accuracy and NLL and in validation accuracy, case minus
             baseline; accuracies as shares.
         accuracy_interval, nll_interval, val_accuracy_interval: half the width of their confidence intervals; None for a
@@ -54,8 +53,9 @@ def check(label: str, baselines: Sequence[str], trials: Sequence[Trial]) -> None
     """Checks what is to be compared before anything runs.
 
     Raises:
-        ConfigError: if the trials lack the label, a baseline is not one of its values, or trials of one case share
-            their seed with other images: they are no independent samples, and an interval would be too narrow.
+        ConfigError: if the trials lack the label, baselines are not a non-empty sequence of its values, or trials of
+            one case share their seed with other images: they are no independent samples, and an interval would be too
+            narrow.
     """
     named = sorted({name for trial in trials for name in trial.labels})
     require(label in named, "compare.label", label, " or ".join(named) or "absent, as there are no cases")
@@ -64,8 +64,9 @@ def check(label: str, baselines: Sequence[str], trials: Sequence[Trial]) -> None
     require(names, "compare.baselines", baselines, f"a non-empty sequence of {' or '.join(values)}")
     for baseline in baselines:
         require(baseline in values, "compare.baselines", baseline, " or ".join(values))
-    (_, times), *_ = Counter((trial.group, trial.config.seed) for trial in trials).most_common(1)
-    require(times == 1, "grid.data.seed", f"{times} values", "one, or -1, the seed of the run, to compare cases")
+    ((group, seed), times), *_ = Counter((trial.kind, trial.config.seed) for trial in trials).most_common(1)
+    images = [trial.config.data.seed for trial in trials if (trial.kind, trial.config.seed) == (group, seed)]
+    require(times == 1, "data.seed", images, f"one for seed {seed}, or -1, the seed of the run, to compare cases")
 
 
 def compare(
@@ -81,34 +82,44 @@ def compare(
 
     Returns:
         A row for each case and place with a seed in common, in the order of the trials, baseline by baseline. Behind
-        those of a baseline, one of all pairs of a case that stands at several places, if no trial is in two pairs.
+        those of a baseline, for each case that stands at all of its places, if there are several, one of the means over
+        places: a sample for every seed that both have finished at all of them, since trials of one seed may share
+        images from place to place.
     """
-    finished: dict[tuple[str, str], dict[tuple[int, int], ResultRow]] = {}
+    finished: dict[str, dict[str, dict[tuple[int, int], ResultRow]]] = {}
     for trial, row in zip(trials, rows, strict=True):
         if row.status == "ok":
             for place in places(trial, label):
-                seeds_of = finished.setdefault((place, trial.labels[label]), {})
-                seeds_of[trial.config.seed, trial.config.data.seed] = row
-    found = []
+                of_case = finished.setdefault(trial.labels[label], {}).setdefault(place, {})
+                of_case[trial.config.seed, trial.config.data.seed] = row
+    found: list[Comparison] = []
     for baseline in baselines:
-        pairs_of: dict[str, list[list[tuple[ResultRow, ResultRow]]]] = {}
-        for (place, case), results in finished.items():
-            others = finished.get((place, baseline), {})
-            pairs = [(results[seed], others[seed]) for seed in sorted(results.keys() & others.keys())]
-            if case != baseline and pairs:
-                found.append(_compared(place, case, baseline, pairs))
-                pairs_of.setdefault(case, []).append(pairs)
+        others = finished.get(baseline, {})
+        pairs_of = {case: _paired(own, others) for case, own in finished.items() if case != baseline}
+        for place in dict.fromkeys(itertools.chain(*finished.values())):
+            for case, by_place in pairs_of.items():
+                if by_place.get(place):
+                    found.append(_compared(place, case, baseline, [[pair] for pair in by_place[place].values()]))
         for case, by_place in pairs_of.items():
-            everywhere = list(itertools.chain(*by_place))
-            if len(by_place) > 1 and _each_once(everywhere):
-                found.append(_compared(EVERYWHERE, case, baseline, everywhere))
+            if len(by_place) > 1 and by_place.keys() == others.keys():
+                seeds = sorted(set.intersection(*(set(of_place) for of_place in by_place.values())))
+                together = [[of_place[seed] for of_place in by_place.values()] for seed in seeds]
+                found += [_compared(EVERYWHERE, case, baseline, together)] if together else []
     return found
 
 
-def _each_once(pairs: Sequence[tuple[ResultRow, ResultRow]]) -> bool:
-    """Says whether no trial is in two pairs, which would then not be independent."""
-    trials = [row.trial for pair in pairs for row in pair]
-    return len(set(trials)) == len(trials)
+_Pair = tuple[ResultRow, ResultRow]
+
+
+def _paired(
+    own: Mapping[str, Mapping[tuple[int, int], ResultRow]], others: Mapping[str, Mapping[tuple[int, int], ResultRow]]
+) -> dict[str, dict[tuple[int, int], _Pair]]:
+    """Returns for each place the results of both by seed."""
+    return {
+        place: {seed: (results[seed], others[place][seed]) for seed in sorted(results.keys() & others[place].keys())}
+        for place, results in own.items()
+        if place in others
+    }
 
 
 def places(trial: Trial, label: str) -> list[str]:
@@ -118,17 +129,17 @@ def places(trial: Trial, label: str) -> list[str]:
     """
     others = [value for name, value in trial.labels.items() if name != label]
     seeds = ("seed", "data.seed")
-    grids = [[f"{name}={value}" for name, value in each.items() if name not in seeds] for each in _choices(trial)]
+    choices = (trial.chosen, *trial.also)
+    grids = [[f"{name}={value}" for name, value in each.items() if name not in seeds] for each in choices]
     return list(dict.fromkeys(" ".join(others + grid) for grid in grids))
 
 
-def _choices(trial: Trial) -> tuple[Mapping[str, Any], ...]:
-    return (trial.chosen, *trial.also)
+def _compared(place: str, case: str, baseline: str, samples: Sequence[Sequence[_Pair]]) -> Comparison:
+    """Compares by independent samples, one a seed: each the mean difference of its pairs."""
 
-
-def _compared(place: str, case: str, baseline: str, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> Comparison:
     def differences(name: str) -> np.ndarray:
-        return np.array([getattr(own, name) - getattr(other, name) for own, other in pairs], np.float64)
+        means = [np.mean([getattr(own, name) - getattr(other, name) for own, other in pairs]) for pairs in samples]
+        return np.array(means, np.float64)
 
     def interval(values: np.ndarray) -> float | None:
         return intervals.half_interval(values) if len(values) > 1 else None
@@ -138,13 +149,13 @@ def _compared(place: str, case: str, baseline: str, pairs: Sequence[tuple[Result
         where=place,
         case=case,
         baseline=baseline,
-        num_experts=pairs[0][0].num_experts,
-        seeds=len(pairs),
+        num_experts=samples[0][0][0].num_experts,
+        seeds=len(samples),
         accuracy=float(accuracy.mean()),
         accuracy_interval=interval(accuracy),
         nll=float(nll.mean()),
         nll_interval=interval(nll),
         val_accuracy=float(validation.mean()),
         val_accuracy_interval=interval(validation),
-        baseline_accuracy=float(np.mean([other.test_accuracy for _, other in pairs])),
+        baseline_accuracy=float(np.mean([other.test_accuracy for pairs in samples for _, other in pairs])),
     )

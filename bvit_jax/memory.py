@@ -154,7 +154,7 @@ def standard_ledger(config: Config) -> Ledger:
 def standard_twin(config: Config) -> Config:
     """Returns the standard mixture of equal shape and experts."""
     model = dataclasses.replace(config.model, family="standard").canonical()
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model).canonical()
 
 
 def count_params(params: Any) -> int:

@@ -61,16 +61,16 @@ def find(config: Config) -> Start | None:
         return None
     reference = config.model.family == "butterfly" and config.model.form == "reference"
     require(not reference, "start_from", config.start_from, "empty for model.form = reference")
-    name, path = f"start_from = {config.start_from!r}", Path(config.start_from) / "result.json"
-    if not path.parent.is_dir():
+    name, source = f"start_from = {config.start_from!r}", Path(config.start_from)
+    if not source.is_dir():
         raise ConfigError(f"{name}: {_FINISHED}; there is no such directory")
     try:
-        digest = str(json.loads(path.read_text())["params_digest"])
+        digest = _digest(source)
     except FileNotFoundError:
         raise ConfigError(f"{name}: {_FINISHED}; it has no result.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{name}: {_FINISHED}; its result.json cannot be read ({error!r})") from None
-    _check(config, trained.config_of(path.parent, name), name)
+    _check(config, trained.config_of(source, name), name)
     return Start(config.start_from, digest)
 
 
@@ -92,7 +92,10 @@ def _check(config: Config, source: Config, name: str) -> None:
 
 
 def _dealing(*names: str) -> tuple[str, ...]:
-    """Returns the fields that must be equal for two sets of images to hold out the same; none for different images."""
+    """Returns the fields that must be equal for two sets of images to hold out the same; none for different names.
+
+    Versions of a prepared set are taken for the same images, its configurations for others.
+    """
     bare = {name.partition(":")[0] for name in names}
     if len(bare) == 1:
         return _DEALING.get(bare.pop(), ("seed", "num_validation"))  # a prepared set holds out the first
@@ -105,9 +108,9 @@ def has_begun(workdir: Path) -> bool:
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Records what a run starts from, or checks that it is as recorded, if it is still there.
+    """Records what a run starts from; once that is recorded, only checks that it is not another run's parameters now.
 
-    A run with a checkpoint goes on without it; one that needs it after all is told by `find`.
+    A run with a checkpoint goes on though its source is gone; one that needs it is told so by `recorded`.
 
     Args:
         workdir: of the run.
@@ -116,14 +119,43 @@ def claim(workdir: Path, config: Config) -> None:
     Raises:
         ConfigError: as `find`, or if the parameters have changed since, or the record cannot be read.
     """
-    path = workdir / FILE
-    if not config.start_from or (has_begun(workdir) and not Path(config.start_from).is_dir()):
+    if not config.start_from:
         return
+    if not has_begun(workdir):
+        files.write_json(workdir / FILE, dataclasses.asdict(_found(config)))
+        return
+    try:
+        digest = _digest(Path(config.start_from))
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the source is gone, in whole or in part
+    _check_same(workdir, Start(config.start_from, digest))
+
+
+def recorded(workdir: Path, config: Config) -> Start | None:
+    """Returns what a run that has been claimed starts from, which is still there; None if it starts from nothing.
+
+    Raises:
+        ConfigError: as `find` and `claim`.
+    """
+    if not config.start_from:
+        return None
+    found = _found(config)
+    _check_same(workdir, found)
+    return found
+
+
+def _found(config: Config) -> Start:
     found = find(config)
     assert found is not None, "start_from is not empty"
-    if not has_begun(workdir):
-        files.write_json(path, dataclasses.asdict(found))
-        return
+    return found
+
+
+def _digest(source: Path) -> str:
+    return str(json.loads((source / "result.json").read_text())["params_digest"])
+
+
+def _check_same(workdir: Path, found: Start) -> None:
+    path = workdir / FILE
     try:
         before = str(json.loads(path.read_text())["params_digest"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -43,10 +43,18 @@ class Stepper:
         self._next: int | None = None
         self.dataset = processes.in_all(lambda: data.load(config.data, images))
 
-    def first_state(self) -> TrainState:
-        """Makes the state before the first step, every array where it belongs; errors as of `start_run`."""
+    def first_state(self, start: start_run.Start | None = None) -> TrainState:
+        """Makes the state before the first step, every array where it belongs.
+
+        Args:
+            start: what the configuration's `start_from` is; looked for if left out.
+
+        Raises:
+            ConfigError: as `start_run.find` and `start_run.Start.params`.
+        """
         config, whole = self._config, self._placement.replicated
-        dense = [processes.in_all(lambda: start_run.find(config)).params(whole)] if config.start_from else []
+        start = start or processes.in_all(lambda: start_run.find(config))
+        dense = [start.params(whole)] if start is not None else []
         first: TrainState = train_step.make_init_step(config, self._placement)(self._key, *dense)
         return first
 

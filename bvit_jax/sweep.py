@@ -72,8 +72,13 @@ class Trial:
 
     @property
     def group(self) -> str:
-        """Digest of the configuration but for its seeds: equal for the trials that a mean is taken over."""
+        """Digest of the configuration but for its seeds: equal for runs of one kind."""
         return self.config.without_seeds().digest()
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """Its case and group: equal for the trials that a mean is taken over."""
+        return (*self.labels.values(), self.group)
 
     @property
     def steps_done(self) -> int:
@@ -210,10 +215,10 @@ class Summary:
 
 def summarise(trials: Sequence[Trial], rows: Sequence[ResultRow]) -> list[Summary]:
     """Groups the finished trials by everything but the seed, in the order of the grid."""
-    groups: dict[str, list[tuple[Trial, ResultRow]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[Trial, ResultRow]]] = {}
     for trial, row in zip(trials, rows, strict=True):
         if row.status == "ok":
-            groups.setdefault(trial.group, []).append((trial, row))
+            groups.setdefault(trial.kind, []).append((trial, row))
     return [_summary(group[0][0], [row for _, row in group]) for group in groups.values()]
 
 

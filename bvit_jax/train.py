@@ -199,7 +199,7 @@ class _Run:
         """Returns the state to go on from, and the rows of `metrics.jsonl` that lead to it."""
         found = self._restore_newest()
         if found is None:
-            return self.stepper.first_state(), ""
+            return self._first_state(), ""
         state, record = found
         step = int(state.step)
         self.skipped = int(state.sentinel.skipped)
@@ -208,6 +208,9 @@ class _Run:
         if processes.is_first() and not (path.exists() and path.read_bytes().startswith(record.metrics.encode())):
             self.journal.warn("damaged", step, f"metrics.jsonl is damaged: taken from the checkpoint of step {step}")
         return state, record.metrics
+
+    def _first_state(self) -> TrainState:
+        return self.stepper.first_state(processes.in_all(lambda: start_run.recorded(self.workdir, self.config)))
 
     def _restore_newest(self, before: int | None = None) -> tuple[TrainState, checkpoints.Record] | None:
         def on_damage(step: int, text: str) -> None:
@@ -338,10 +341,11 @@ class _Run:
         try:
             use = expert_use.measure(params, config.model, split, found, *rest)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if "RESOURCE_EXHAUSTED" not in str(error) or jax.process_count() > 1:  # the others wait for this one
                 raise
-            gist = f"whether experts differ could not be measured: {str(error).partition(chr(10))[0]}"
-            self.journal.warn("experts", config.total_steps, f"{gist}; experiments.evaluate --experts tries again")
+            gist, _, _ = str(error).partition("\n")
+            text = f"whether experts differ could not be measured: {gist}; experiments.evaluate --experts tries again"
+            self.journal.warn("experts", config.total_steps, text)
             return {}
         return {} if use is None else {"experts": use.to_dict()}
 
@@ -353,7 +357,7 @@ class _Run:
         except checkpoints.DamagedError as error:
             self.journal.warn("damaged", step, f"{error}; {checkpoints.set_aside(self.directory, step)}")
         found = self._restore_newest(before=step)
-        state = found[0] if found else self.stepper.first_state()
+        state = found[0] if found else self._first_state()
         self.journal.incident("remade", step, f"making step {step} again from step {int(state.step)}")
         for number in range(int(state.step), step):
             state, _ = self.stepper.take(state, number)

@@ -1,6 +1,6 @@
 """`configs.parity` with twice the steps, at the same rates: what takes longer to learn must not lose by it.
 
-Ternary stored experts are left out, half of the time for what is not asked here.
+Without ternary stored experts, which are the slowest and not those that are asked about.
 
 Command:   python -m experiments.sweep --config=configs/parity_longer.py
 Hardware:  2 CPU cores

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from bvit_jax import (
     case_plots,
     case_tables,
+    checkpoints,
     comparison,
     config,
     data,
@@ -93,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
         model, batch_size = trial.config.model, trial.config.batch_size
         sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
     for trial in trials:
-        if trial.result is None and not start_run.has_begun(trial.directory):
+        if trial.result is None and not checkpoints.steps_in(trial.directory / checkpoints.DIRECTORY):
             start_run.find(trial.config)
     images = {of.name: data.opened(of) for of in {trial.config.data for trial in trials}}
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)

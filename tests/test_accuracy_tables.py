@@ -20,6 +20,8 @@ STUDIES = {
 }
 MEASURED = ("test_accuracy", "val_accuracy", "test_nll", "images_per_second", "output_cosine", "experts_used")
 LOST = ("lost_shuffled", "lost_one")
+OLDER = ("rotations", "training")
+"""Run when configurations had more fields; the digests are others, and so are some of the variants."""
 
 
 def of_csv(trial: sweep.Trial, found: dict[str, str]) -> sweep.ResultRow:
@@ -37,6 +39,8 @@ def test_the_tables_are_those_of_the_results(name: str) -> None:
     with (DOCS / "accuracy" / f"{name}.csv").open() as file:
         found = {(row["settings"], int(row["seed"])): row for row in csv.DictReader(file)}
     rows = [of_csv(trial, found[trial.settings, trial.config.seed]) for trial in trials]
+    if name not in OLDER:
+        assert {row["trial"] for row in found.values()} == {trial.config.digest() for trial in trials}
     compared = comparison.compare(trials, rows, **raw["compare"])
     text = case_tables.to_markdown(sweep.summarise(trials, rows), compared, raw["compare"]["label"])
     lines = [line for line in text.splitlines() if line.startswith("|")]

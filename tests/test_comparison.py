@@ -47,19 +47,26 @@ def test_differences_are_paired_by_seed_and_by_hand() -> None:
     assert (few.where, few.accuracy, few.accuracy_interval, few.nll_interval) == ("few", -0.25, None, None)
 
 
-def test_the_pairs_of_all_places_together_by_hand() -> None:
-    scores = {("pairs", "dense"): 0.5, ("pairs", "mixture"): 0.75, ("few", "dense"): 0.5, ("few", "mixture"): 0.5}
-    trials = [make(*case, seed) for case in scores for seed in (0, 1)]
-    rows = [scored(trial, scores[trial.labels["bed"], trial.labels["kind"]]) for trial in trials]
-    found = comparison.compare(trials, rows, "kind", ["dense"])
-    assert [(row.where, row.seeds, row.accuracy) for row in found] == [
-        ("pairs", 2, 0.25),
-        ("few", 2, 0.0),
-        (comparison.EVERYWHERE, 4, 0.125),
+def test_means_over_all_places_seed_by_seed_by_hand() -> None:
+    # Differences of seeds 0 and 1: 0.25 and 0.5 in pairs, 0 and 0.25 in few; seed 2 is not finished in few.
+    scores = {"pairs": (0.75, 1.0, 0.9), "few": (0.5, 0.75, None)}
+    trials = [make(bed, kind, seed) for bed in scores for kind in CASES for seed in (0, 1, 2)]
+    rows = [
+        scored(trial, 0.5 if trial.labels["kind"] == "dense" else scores[trial.labels["bed"]][trial.config.seed])
+        for trial in trials
     ]
-    # Four differences, 0.125 from their mean: s^2 = 4 x 0.125^2 / 3, over sqrt(4); t of three degrees is 3.18245.
-    assert found[2].accuracy_interval == pytest.approx(3.18245 * 0.125 * (4 / 3) ** 0.5 / 2, rel=1e-5)
-    assert found[2].baseline_accuracy == 0.5
+    *_, found = comparison.compare(trials, rows, "kind", ["dense"])
+    # Means of a seed: 0.125 and 0.375. Not four samples: what a seed does to both beds would be counted twice.
+    assert (found.where, found.seeds, found.accuracy) == (comparison.EVERYWHERE, 2, 0.25)
+    assert found.accuracy_interval == pytest.approx(12.7062 * 0.125, rel=1e-5)
+    assert found.baseline_accuracy == 0.5
+
+
+def test_a_case_that_is_not_everywhere_has_no_mean_over_all_places() -> None:
+    places = [(bed, kind) for bed in ("few", "pairs") for kind in CASES if (bed, kind) != ("few", "mixture")]
+    trials = [make(*case, 0) for case in places]
+    rows = [scored(trial, 0.5) for trial in trials]
+    assert [row.where for row in comparison.compare(trials, rows, "kind", ["dense"])] == ["pairs"]
 
 
 def test_trials_are_paired_by_both_seeds() -> None:
@@ -98,6 +105,7 @@ def test_a_run_of_several_places_is_compared_at_each() -> None:
     assert [(row.where, row.case, row.accuracy) for row in found] == [
         ("few model.num_experts=4", "mixture", -0.25),
         ("few model.num_experts=8", "mixture", 0.25),
+        (comparison.EVERYWHERE, "mixture", 0.0),
     ]
 
 
@@ -106,7 +114,7 @@ def test_crossed_seeds_are_no_independent_samples() -> None:
     comparison.check("kind", ["dense"], trials)
     data = dataclasses.replace(trials[0].config.data, seed=5)
     other = dataclasses.replace(trials[0], config=dataclasses.replace(trials[0].config, data=data))
-    with pytest.raises(ConfigError, match=r"grid\.data\.seed = '2 values': it must be one, or -1, the seed of the run"):
+    with pytest.raises(ConfigError, match=r"data\.seed = \[0, 5\]: it must be one for seed 0, or -1, the seed of"):
         comparison.check("kind", ["dense"], [*trials, other])
 
 

@@ -247,6 +247,14 @@ def test_without_hidden_rotations_an_expert_is_its_angles_of_d_model(form, rotat
     assert len(angles) == rotations
 
 
+def test_where_a_run_started_is_not_in_its_file(key):
+    config = small("butterfly", "tied")
+    params = vit.init_params(config.model, key)
+    started = dataclasses.replace(config, start_from="somebody/runs/dense")
+    assert packed_file.pack(params, started) == packed_file.pack(params, config)
+    assert ledger(started).bytes_full == ledger(config).bytes_full
+
+
 def test_a_standard_mixture_grows_by_whole_experts():
     few, more = (ledger(small("standard", num_experts=number)) for number in (5, 6))
     assert more.bytes_paper - few.bytes_paper == 2 * 2 * 128 * 4

@@ -703,7 +703,7 @@ def test_a_header_that_is_something_else_is_refused(text: bytes) -> None:
     is_refused(len(text).to_bytes(8, "little") + text, "not a packed model")
 
 
-@pytest.mark.parametrize("field", ['"version":1', '"angle_bits":16', '"total_steps":6', '"trits":"base3"', '"family":'])
+@pytest.mark.parametrize("field", ['"version":2', '"angle_bits":16', '"total_steps":6', '"trits":"base3"', '"family":'])
 def test_deeply_nested_metadata_is_refused(field: str) -> None:
     text = json.dumps(content_of(unsealed(original())), sort_keys=True, separators=(",", ":"))
     assert field in text

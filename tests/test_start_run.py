@@ -123,13 +123,22 @@ def test_what_is_recorded_is_what_a_run_goes_on_with(tmp_path):
         start_run.claim(tmp_path, config)
         recorded = json.loads((tmp_path / start_run.FILE).read_text())
         assert recorded == {"workdir": source, "params_digest": "a" * 16}
+    assert start_run.recorded(tmp_path, config) == start_run.Start(source, "a" * 16)
     files.write_json(tmp_path / "run" / "result.json", {"params_digest": "b" * 16})
-    with pytest.raises(ConfigError, match="other parameters of start_from = .*digest a{16}, not b{16}"):
+    for look in (start_run.claim, start_run.recorded):
+        with pytest.raises(ConfigError, match="other parameters of start_from = .*digest a{16}, not b{16}"):
+            look(tmp_path, config)
+    for content in ("{", "[]", "{}"):  # as good as gone
+        (tmp_path / "run" / "result.json").write_text(content)
         start_run.claim(tmp_path, config)
+        with pytest.raises(ConfigError, match="its result.json cannot be read"):
+            start_run.recorded(tmp_path, config)
+    files.write_json(tmp_path / "run" / "result.json", {"params_digest": "a" * 16})
     (tmp_path / start_run.FILE).write_text("[]")
     with pytest.raises(ConfigError, match=r"start\.json cannot be read"):
         start_run.claim(tmp_path, config)
     start_run.claim(tmp_path / "absent", small("butterfly,4"))  # nothing to record
+    assert start_run.recorded(tmp_path / "absent", small("butterfly,4")) is None
 
 
 def test_parameters_that_are_not_those_of_the_result_are_refused(dense, tmp_path):

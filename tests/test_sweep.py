@@ -252,3 +252,14 @@ def test_the_summary_is_a_table_and_names_what_failed(tmp_path):
     assert dense[9:13] == ["-"] * 4
     assert f"failed: {rows[3].trial} (butterfly, 4 experts, seed 2) ValueError: broken" in text
     assert "unfinished" not in text
+
+
+def test_cases_that_differ_in_their_images_alone_have_a_mean_each(tmp_path):
+    trials = []
+    for split, (name, accuracy) in enumerate((("a", 0.5), ("b", 0.75))):
+        trial = make_trial(tmp_path / name, "butterfly,4")
+        data = dataclasses.replace(trial.config.data, seed=split)
+        config = dataclasses.replace(trial.config, data=data)
+        trials.append(finish(dataclasses.replace(trial, config=config, labels={"split": name}), accuracy))
+    found = sweep.summarise(trials, [sweep.result_row(trial) for trial in trials])
+    assert [(summary.trial.labels["split"], summary.accuracy_mean) for summary in found] == [("a", 0.5), ("b", 0.75)]
