@@ -3,8 +3,8 @@
 Command:   python -m experiments.sweep --config=configs/ablation_rotations.py
 Hardware:  2 CPU cores
 Time:      48 min of training, two trials at a time, with other work on the cores
-Result:    `tied` loses 3.0 ± 2.0 points, `reference` 3.6 ± 1.1; the rest cannot be told from the base, or is worse
-           (docs/accuracy.md)
+Result:    `tied` loses 3.0 ± 1.3 points, without hidden rotations 3.2 ± 1.9, `reference` 3.6 ± 1.0; the rest cannot be
+           told from the base over both beds (docs/accuracy.md)
 """
 
 import ml_collections

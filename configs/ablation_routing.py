@@ -2,8 +2,9 @@
 
 Command:   python -m experiments.sweep --config=configs/ablation_routing.py
 Hardware:  2 CPU cores
-Time:      not yet run
-Result:    not yet run
+Time:      12 min of training, two trials at a time
+Result:    ten times the smoothness loses 1.1 ± 0.9 points, no load balance 0.9 ± 0.4; the rest cannot be told from the
+           base (docs/accuracy.md)
 """
 
 import ml_collections

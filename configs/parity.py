@@ -6,8 +6,9 @@ those of the dense model of d_ff 128 the dense models of equal bytes.
 
 Command:   python -m experiments.sweep --config=configs/parity.py
 Hardware:  2 CPU cores
-Time:      not yet run
-Result:    not yet run
+Time:      38 min of training, two trials at a time, with other work on the cores
+Result:    16 rotated experts are 0.6 ± 1.0 points above 16 stored ones at the recipe's rates, 2.8 ± 0.9 above those at
+           the tuned ones, and 0.1 ± 0.7 above a dense model of equal bytes (docs/accuracy.md)
 """
 
 from typing import Any

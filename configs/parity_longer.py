@@ -4,8 +4,9 @@ Without ternary stored experts, which are the slowest and not those that are ask
 
 Command:   python -m experiments.sweep --config=configs/parity_longer.py
 Hardware:  2 CPU cores
-Time:      not yet run
-Result:    not yet run
+Time:      41 min of training, two trials at a time, with other work on the cores
+Result:    16 rotated experts are 0.1 ± 1.3 points below 16 stored ones at the recipe's rates, 0.8 ± 1.4 above those at
+           the tuned ones, and 0.1 ± 0.9 below a dense model of equal bytes (docs/accuracy.md)
 """
 
 import ml_collections
