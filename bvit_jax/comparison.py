@@ -64,8 +64,8 @@ def check(label: str, baselines: Sequence[str], trials: Sequence[Trial]) -> None
     require(names, "compare.baselines", baselines, f"a non-empty sequence of {' or '.join(values)}")
     for baseline in baselines:
         require(baseline in values, "compare.baselines", baseline, " or ".join(values))
-    ((group, seed), times), *_ = Counter((trial.kind, trial.config.seed) for trial in trials).most_common(1)
-    images = [trial.config.data.seed for trial in trials if (trial.kind, trial.config.seed) == (group, seed)]
+    ((kind, seed), times), *_ = Counter((trial.kind, trial.config.seed) for trial in trials).most_common(1)
+    images = [trial.config.data.seed for trial in trials if (trial.kind, trial.config.seed) == (kind, seed)]
     require(times == 1, "data.seed", images, f"one for seed {seed}, or -1, the seed of the run, to compare cases")
 
 
@@ -95,13 +95,14 @@ def compare(
     found: list[Comparison] = []
     for baseline in baselines:
         others = finished.get(baseline, {})
+        wanted = {place for trial in trials if trial.labels[label] == baseline for place in places(trial, label)}
         pairs_of = {case: _paired(own, others) for case, own in finished.items() if case != baseline}
         for place in dict.fromkeys(itertools.chain(*finished.values())):
             for case, by_place in pairs_of.items():
                 if by_place.get(place):
                     found.append(_compared(place, case, baseline, [[pair] for pair in by_place[place].values()]))
         for case, by_place in pairs_of.items():
-            if len(by_place) > 1 and by_place.keys() == others.keys():
+            if len(by_place) > 1 and by_place.keys() == wanted:
                 seeds = sorted(set.intersection(*(set(of_place) for of_place in by_place.values())))
                 together = [[of_place[seed] for of_place in by_place.values()] for seed in seeds]
                 found += [_compared(EVERYWHERE, case, baseline, together)] if together else []

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.sweep --config=configs/ablation_rotations.py
 Hardware:  2 CPU cores
-Time:      48 min of training, two trials at a time, with other work on the cores
+Time:      48 min of trials in all, two at a time, with other work on the cores
 Result:    `tied` loses 3.0 ± 1.3 points, without hidden rotations 3.2 ± 1.9, `reference` 3.6 ± 1.0; the rest cannot be
            told from the base over both beds (docs/accuracy.md)
 """

@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.sweep --config=configs/ablation_routing.py
 Hardware:  2 CPU cores
-Time:      12 min of training, two trials at a time
+Time:      25 min of trials in all, two at a time
 Result:    ten times the smoothness loses 1.1 ± 0.9 points, no load balance 0.9 ± 0.4; the rest cannot be told from the
            base (docs/accuracy.md)
 """

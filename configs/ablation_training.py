@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.sweep --config=configs/ablation_training.py
 Hardware:  2 CPU cores
-Time:      28 min of training, two trials at a time, with other work on the cores
+Time:      28 min of trials in all, two at a time, with other work on the cores
 Result:    angles spread over the circle lose 1.8 ± 1.3 points, prototypes at 10 times the rate 4.9 ± 3.7; the rest
            cannot be told from the base over both beds (docs/accuracy.md)
 """

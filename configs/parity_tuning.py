@@ -5,7 +5,7 @@ are not those that are compared.
 
 Command:   python -m experiments.sweep --config=configs/parity_tuning.py
 Hardware:  2 CPU cores
-Time:      27 min of training, two trials at a time, with other work on the cores
+Time:      54 min of trials in all, two at a time, with other work on the cores
 Result:    dense 0.0042, standard 0.003 x 3, ternary 0.003 x 1, butterfly 0.003 x 1; the next best settings are 0.3 to
            0.9 points behind (docs/accuracy/parity_tuning.csv)
 """

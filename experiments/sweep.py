@@ -93,8 +93,10 @@ def main(argv: Sequence[str]) -> None:
     for trial in trials:
         model, batch_size = trial.config.model, trial.config.batch_size
         sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
+    failed = Failures(workdir / failures.FOLDER)
     for trial in trials:
-        if trial.result is None and not checkpoints.steps_in(trial.directory / checkpoints.DIRECTORY):
+        waits = failed.status(trial) == "unfinished" or (_RETRY_FAILED.value and trial.result is None)
+        if waits and not checkpoints.steps_in(trial.directory / checkpoints.DIRECTORY):
             start_run.find(trial.config)
     images = {of.name: data.opened(of) for of in {trial.config.data for trial in trials}}
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
@@ -103,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"taking over from {dead}, which ended without letting go")
         for name, found in images.items():
             run_images.claim(workdir, name, found)
-        report = _Report(trials, Failures(workdir / failures.FOLDER), workdir, compare, choose)
+        report = _Report(trials, failed, workdir, compare, choose)
         if memory_base is not None:
             report.draw_memory(memory_base)
         _run(report, _JOBS.value or platform.default_jobs, notice)

@@ -69,6 +69,14 @@ def test_a_case_that_is_not_everywhere_has_no_mean_over_all_places() -> None:
     assert [row.where for row in comparison.compare(trials, rows, "kind", ["dense"])] == ["pairs"]
 
 
+@pytest.mark.parametrize("unfinished", ["dense", "mixture"])
+def test_a_mean_over_all_places_is_of_all_that_there_are_to_be(unfinished: str) -> None:
+    trials = [make(bed, kind, 0) for bed in ("few", "pairs", "patches") for kind in CASES]
+    rows = [scored(t, None if t.labels == {"bed": "patches", "kind": unfinished} else 0.5) for t in trials]
+    found = comparison.compare(trials, rows, "kind", ["dense"])
+    assert [row.where for row in found] == ["few", "pairs"]
+
+
 def test_trials_are_paired_by_both_seeds() -> None:
     def of_split(kind: str, seed: int, split: int) -> sweep.Trial:
         trial = make("few", kind, seed, **{"data.seed": split})
