@@ -37,7 +37,7 @@ def to_markdown(summaries: Sequence[Summary], comparisons: Sequence[Comparison],
     places = list(dict.fromkeys(place for found in by_case.values() for place in found))
     seeds = max(summary.seeds for summary in summaries)
     header = [label, *places, "cosine", "lost, one expert", "kB"]
-    means = [[case, *_means(found, places, seeds), *_of_case(found, places)] for case, found in by_case.items()]
+    means = [[case, *_cells(found, places, seeds), *_of_case(found, places)] for case, found in by_case.items()]
     lines = [_MEANS.format(label=label, seeds=seeds), *_table(header, means)]
     for baseline in dict.fromkeys(row.baseline for row in comparisons):
         cases: dict[str, dict[str, Comparison]] = {}
@@ -46,7 +46,7 @@ def to_markdown(summaries: Sequence[Summary], comparisons: Sequence[Comparison],
                 cases.setdefault(row.case, {})[row.where] = row
         several = any(EVERYWHERE in found for found in cases.values())
         columns = [*places, EVERYWHERE] if several else places
-        differences = [[case, *_differences(found, columns, seeds)] for case, found in cases.items()]
+        differences = [[case, *_cells(found, columns, seeds)] for case, found in cases.items()]
         lines += [_DIFFERENCES.format(label=label, baseline=baseline), *_table([label, *columns], differences)]
     return "\n".join(lines) + "\n"
 
@@ -56,23 +56,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(header), *lines[1:]]
 
 
-def _means(found: Mapping[str, Summary], places: Sequence[str], seeds: int) -> list[str]:
-    return [
-        _cell(f"{100 * one.accuracy_mean:.2f}", one.accuracy_interval, one.seeds, seeds) if one else "-"
-        for one in map(found.get, places)
-    ]
+def _cells(found: Mapping[str, Summary | Comparison], places: Sequence[str], seeds: int) -> list[str]:
+    """Returns a cell for each place; where there are fewer than so many seeds, their number is in it."""
+    return ["-" if one is None else _cell(one, seeds) for one in map(found.get, places)]
 
 
-def _differences(found: Mapping[str, Comparison], places: Sequence[str], seeds: int) -> list[str]:
-    return [
-        _cell(f"{100 * one.accuracy:+.2f}", one.accuracy_interval, one.seeds, seeds) if one else "-"
-        for one in map(found.get, places)
-    ]
-
-
-def _cell(mean: str, half: float | None, own: int, seeds: int) -> str:
+def _cell(one: Summary | Comparison, seeds: int) -> str:
+    mean = f"{100 * one.accuracy_mean:.2f}" if isinstance(one, Summary) else f"{100 * one.accuracy:+.2f}"
+    half = one.accuracy_interval
     interval = "" if half is None or math.isnan(half) else f" ± {100 * half:.2f}"
-    return mean + interval + (f" ({own})" if own < seeds else "")
+    return mean + interval + (f" ({one.seeds})" if one.seeds < seeds else "")
 
 
 def _of_case(found: Mapping[str, Summary], places: Sequence[str]) -> list[str]:

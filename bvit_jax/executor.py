@@ -78,9 +78,7 @@ def run_trials(
     Raises:
         preemption.Preempted: if told to stop, when all trials have ended.
     """
-    wanted = ("unfinished", "failed") if retry_failed else ("unfinished",)
-    waiting = [trial for trial in trials if failed.status(trial) in wanted]
-    with _Runner(waiting, failed, jobs, compilation_cache, on_end) as runner:
+    with _Runner(failed.waiting(trials, retry_failed), failed, jobs, compilation_cache, on_end) as runner:
         while not notice.reached() and runner.goes_on():
             runner.turn()
         if notice.reached():

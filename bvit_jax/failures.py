@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from bvit_jax import files
@@ -58,6 +59,11 @@ class Failures:
     def status(self, trial: Trial) -> Status:
         """Says how far a trial is."""
         return trial.status(self.cause(trial))
+
+    def waiting(self, trials: Sequence[Trial], retry_failed: bool) -> list[Trial]:
+        """Lists the trials that are to run: those that are unfinished, and if wanted those that have failed."""
+        wanted = ("unfinished", "failed") if retry_failed else ("unfinished",)
+        return [trial for trial in trials if self.status(trial) in wanted]
 
     def is_recorded(self, trial: Trial) -> bool:
         """Says whether a failure will be known to a later call."""

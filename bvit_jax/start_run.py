@@ -65,7 +65,7 @@ def find(config: Config) -> Start | None:
     if not source.is_dir():
         raise ConfigError(f"{name}: {_FINISHED}; there is no such directory")
     try:
-        digest = _digest(source)
+        digest = _digest(source / "result.json")
     except FileNotFoundError:
         raise ConfigError(f"{name}: {_FINISHED}; it has no result.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -102,11 +102,6 @@ def _dealing(*names: str) -> tuple[str, ...]:
     return ("name",) if bare <= _OF_DIGITS else ()
 
 
-def has_begun(workdir: Path) -> bool:
-    """Says whether a run has recorded what it started from."""
-    return (workdir / FILE).exists()
-
-
 def claim(workdir: Path, config: Config) -> None:
     """Records what a run starts from; once that is recorded, only checks that it is not another run's parameters now.
 
@@ -119,13 +114,13 @@ def claim(workdir: Path, config: Config) -> None:
     Raises:
         ConfigError: as `find`, or if the parameters have changed since, or the record cannot be read.
     """
-    if not config.start_from:
-        return
-    if not has_begun(workdir):
-        files.write_json(workdir / FILE, dataclasses.asdict(_found(config)))
+    if not (workdir / FILE).exists():
+        found = find(config)
+        if found is not None:
+            files.write_json(workdir / FILE, dataclasses.asdict(found))
         return
     try:
-        digest = _digest(Path(config.start_from))
+        digest = _digest(Path(config.start_from) / "result.json")
     except (OSError, ValueError, KeyError, TypeError):
         return  # the source is gone, in whole or in part
     _check_same(workdir, Start(config.start_from, digest))
@@ -137,27 +132,21 @@ def recorded(workdir: Path, config: Config) -> Start | None:
     Raises:
         ConfigError: as `find` and `claim`.
     """
-    if not config.start_from:
-        return None
-    found = _found(config)
-    _check_same(workdir, found)
-    return found
-
-
-def _found(config: Config) -> Start:
     found = find(config)
-    assert found is not None, "start_from is not empty"
+    if found is not None:
+        _check_same(workdir, found)
     return found
 
 
-def _digest(source: Path) -> str:
-    return str(json.loads((source / "result.json").read_text())["params_digest"])
+def _digest(path: Path) -> str:
+    """Reads the digest of parameters out of a result, or out of a record of what a run started from."""
+    return str(json.loads(path.read_text())["params_digest"])
 
 
 def _check_same(workdir: Path, found: Start) -> None:
     path = workdir / FILE
     try:
-        before = str(json.loads(path.read_text())["params_digest"])
+        before = _digest(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error!r}); restore it, or choose another workdir") from None
     if before != found.params_digest:

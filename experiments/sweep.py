@@ -94,9 +94,8 @@ def main(argv: Sequence[str]) -> None:
         model, batch_size = trial.config.model, trial.config.batch_size
         sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
     failed = Failures(workdir / failures.FOLDER)
-    for trial in trials:
-        waits = failed.status(trial) == "unfinished" or (_RETRY_FAILED.value and trial.result is None)
-        if waits and not checkpoints.steps_in(trial.directory / checkpoints.DIRECTORY):
+    for trial in failed.waiting(trials, _RETRY_FAILED.value):
+        if not checkpoints.steps_in(trial.directory / checkpoints.DIRECTORY):
             start_run.find(trial.config)
     images = {of.name: data.opened(of) for of in {trial.config.data for trial in trials}}
     workdirs.claim(workdir, "sweep.json", {"base": raw["base"]}, OUTPUTS)
