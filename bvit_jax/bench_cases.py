@@ -21,11 +21,11 @@ DISPATCHES: tuple[Dispatch, ...] = ("rows", "blocks", "fused", "auto")
 MANY_EXPERTS = 64
 """Most experts of a training step: with 256 stored ones its state alone would take 11 GB at the size `paper`."""
 LEFT_OUT = (
-    "ternary mixtures, whose products are those of standard; dense x k for k = 1, which is dense; mixtures of fewer "
-    "experts than a token uses; fused where there is no TPU, as it would be interpreted; training steps of more than "
-    f"{MANY_EXPERTS} experts, as the state of the stored ones outgrows common machines; and but at the last size and "
-    "the largest top-k: training steps, the form tied (its rotations and products are those of separate), and "
-    f"rotations of full depth (of up to {MANY_EXPERTS} experts)"
+    "ternary mixtures, whose products are those of standard; low_rank ones; dense x k for k = 1, which is dense; "
+    "mixtures of fewer experts than a token uses; fused where there is no TPU, as it would be interpreted; training "
+    f"steps of more than {MANY_EXPERTS} experts, as the state of the stored ones outgrows common machines; and but at "
+    "the last size and the largest top-k: training steps, the form tied (its rotations and products are those of "
+    f"separate), and rotations of full depth (of up to {MANY_EXPERTS} experts)"
 )
 
 

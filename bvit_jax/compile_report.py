@@ -34,6 +34,8 @@ def cases(config: Config, topologies: Sequence[str], families: Sequence[Family],
     """
     if "butterfly" in families:
         require(config.model.family == "butterfly", "model.family", config.model.family, "butterfly, to compile one")
+    if "low_rank" in families:
+        require(config.model.family == "low_rank", "model.family", config.model.family, "low_rank, to compile one")
     if "ternary" in families:
         has_scale = config.model.has_ternary_experts
         require(has_scale, "model.family", config.model.family, "ternary or butterfly, to compile a ternary one")

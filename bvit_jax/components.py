@@ -24,7 +24,7 @@ _TABLE: tuple[tuple[str, Component], ...] = (
     (r"ffn/(up_|down_)?prototype$", "prototype"),
     (r"ffn/(up_|down_)?(theta|phi)_angles$", "angles"),
     (r"ffn/router/kernel$", "router"),
-    (r"ffn/(up|down)_kernel$", "experts"),
+    (r"ffn/(up|down)_(kernel|left|right)$", "experts"),
     (r"ffn/(up|down)/kernel$", "ffn"),
     (r"ffn/projection/kernel$", "projection"),
     (r"ffn/((up|down)_bias|(up|down|projection)/bias)$", "ffn_bias"),
@@ -33,7 +33,7 @@ _TABLE: tuple[tuple[str, Component], ...] = (
     (r"norm/(scale|bias)$", "norms"),
     (r"^head/(kernel|bias)$", "head"),
 )
-_DECAYED = re.compile(r"(kernel|prototype)$")
+_DECAYED = re.compile(r"(kernel|prototype|left|right)$")
 
 
 def path_of(key_path: tuple[Any, ...]) -> str:

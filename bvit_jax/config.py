@@ -15,7 +15,13 @@ from bvit_jax.model_config import VARIANTS, ConfigError, Family, Form, ModelConf
 LARGEST_INTEGER = 2**53
 """Bound of all numbers in a configuration: up to here integers are floats too, exactly. No NaN passes it."""
 WANTED_NUMBER: dict[type, str] = {int: "an integer", float: "a finite number"}
-EXPERT_MULTIPLIERS: dict[Family, float] = {"dense": 1.0, "standard": 1.0, "ternary": 3.0, "butterfly": 3.0}
+EXPERT_MULTIPLIERS: dict[Family, float] = {
+    "dense": 1.0,
+    "standard": 1.0,
+    "ternary": 3.0,
+    "butterfly": 3.0,
+    "low_rank": 1.0,
+}
 """What `OptimizerConfig.expert_multiplier` is where a configuration leaves it None: a sweep varies the family alone."""
 
 
@@ -50,7 +56,7 @@ class OptimizerConfig:
         weight_decay: on matrices only (`bvit_jax.components.decay_mask`).
         clip_norm: largest global norm of the gradient.
         ema_decay: of the moving average of the parameters that is evaluated and exported in their place; 0: none is.
-        expert_multiplier: of the learning rate of the experts' matrices, stored or prototypes (`EXPERT_MULTIPLIERS`).
+        expert_multiplier: of the learning rate of the experts' matrices, stored or shared (`EXPERT_MULTIPLIERS`).
         angle_multiplier, router_multiplier: likewise, of these components.
     """
 
@@ -138,7 +144,7 @@ class Config:
         """Resets the multipliers of parameters that the family lacks, so that equal runs have equal ones."""
         lacking: dict[Family, tuple[str, ...]] = {
             "dense": ("expert_multiplier", "angle_multiplier", "router_multiplier"),
-            **dict.fromkeys(("standard", "ternary"), ("angle_multiplier",)),
+            **dict.fromkeys(("standard", "ternary", "low_rank"), ("angle_multiplier",)),
         }
         neutral: dict[str, Any] = dict.fromkeys(lacking.get(self.model.family, ()), 1.0)
         return dataclasses.replace(self, optimizer=dataclasses.replace(self.optimizer, **neutral))

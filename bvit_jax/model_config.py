@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from bvit_jax import butterfly, packing, precision
 
-Family = Literal["dense", "standard", "ternary", "butterfly"]
+Family = Literal["dense", "standard", "ternary", "butterfly", "low_rank"]
 Form = Literal["separate", "tied", "reference"]
 ComputeDtype = Literal["float32", "bfloat16"]
 TernaryScale = Literal["row", "tensor", "none"]
@@ -49,11 +49,13 @@ class ModelConfig:
 
     Attributes:
         family: `dense`, one FFN; `standard`, a mixture of stored experts; `ternary`, one of stored experts whose
-            matrices are ternary; `butterfly`, one of experts that are rotations of shared ternary matrices.
+            matrices are ternary; `butterfly`, one of experts that are rotations of shared ternary matrices;
+            `low_rank`, one of experts that are shared matrices and differences of their own, of low rank.
         form: of the butterfly experts; see `bvit_jax.moe.ButterflyMoe`.
         num_experts, top_k: experts of a mixture layer, and how many of them a token uses.
         moe_layers: layers that hold a mixture: `every`, `second` (the 2nd, 4th, ...) or indices such as `1,3,5`; the
             others hold a dense FFN.
+        rank: of the differences of `low_rank` experts; see `bvit_jax.low_rank`.
         rotations: which of an expert's rotations there are: `all`, or those of its inputs and outputs alone, `outer`,
             hidden channels being left as the prototypes make them.
         num_stages: depth of the rotations; a side that has fewer stages at full depth stops there.
@@ -79,6 +81,7 @@ class ModelConfig:
     num_experts: int
     top_k: int
     moe_layers: str
+    rank: int
     rotations: Rotations
     num_stages: int
     stride_order: butterfly.StrideOrder
@@ -114,13 +117,16 @@ class ModelConfig:
         }.items():
             require_choice(f"model.{field}", getattr(self, field), choices)
         for field in (
-            *("num_experts", "top_k", "num_stages", "image_size", "patch_size"),
+            *("num_experts", "top_k", "rank", "num_stages", "image_size", "patch_size"),
             *("num_layers", "d_model", "d_ff", "num_heads", "channels", "num_classes"),
         ):
             require(getattr(self, field) >= 1, f"model.{field}", getattr(self, field), "at least 1")
         require(self.num_layers <= MAX_LAYERS, "model.num_layers", self.num_layers, f"at most {MAX_LAYERS}")
         enough = self.family == "dense" or self.top_k <= self.num_experts
         require(enough, "model.top_k", self.top_k, f"at most num_experts = {self.num_experts}")
+        most = min(self.d_model, self.d_ff)
+        possible = self.family != "low_rank" or self.rank <= most
+        require(possible, "model.rank", self.rank, f"at most {most}, the smaller of d_model and d_ff")
         require(
             self.image_size % self.patch_size == 0,
             "model.patch_size",
@@ -159,6 +165,11 @@ class ModelConfig:
         return self.family in ("standard", "ternary")
 
     @property
+    def keeps_tokens(self) -> bool:
+        """Whether every device holds all experts, as what is their own is small: tokens stay where they are."""
+        return self.family in ("butterfly", "low_rank")
+
+    @property
     def has_ternary_experts(self) -> bool:
         """Whether `ternary_scale` is its own: experts have ternary matrices or are rotations of such."""
         return self.family in ("ternary", "butterfly")
@@ -182,6 +193,8 @@ class ModelConfig:
             }
         if not self.has_ternary_experts:
             mixture["ternary_scale"] = "row"
+        if self.family != "low_rank":
+            mixture["rank"] = 1
         layers = moe_layer_indices(self.moe_layers, self.num_layers)
         named = ("every", tuple(range(self.num_layers))), ("second", tuple(range(1, self.num_layers, 2)))
         spelling = next((name for name, meant in named if meant == layers), ",".join(map(str, layers)))

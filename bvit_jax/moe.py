@@ -1,7 +1,7 @@
 """Feed-forward layers of the Vision Transformer: dense, mixture of stored experts (floats or ternary), mixture of
-rotated ternary experts.
+rotated ternary experts; `bvit_jax.low_rank` has one more.
 
-All three map (B, T, D) to (B, T, D) and return a `RouterReport` (None from the dense layer) beside it. Parameters are
+All map (B, T, D) to (B, T, D) and return a `RouterReport` (None from the dense layer) beside it. Parameters are
 float32; activations and matrix products have `config.compute_dtype`.
 
 Axes: B batch, T tokens, D d_model, F d_ff, E experts, K experts selected per token, A angles of one rotation.
@@ -9,22 +9,18 @@ Axes: B batch, T tokens, D d_model, F d_ff, E experts, K experts selected per to
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh
 
-from bvit_jax import butterfly, dispatch, exchange, packing, precision, rotated, routing, sharding, ternary
+from bvit_jax import butterfly, dispatch, exchange, low_rank, mixture, packing, rotated, sharding, ternary
 from bvit_jax.model_config import ModelConfig
-
-FfnOutput = tuple[jax.Array, routing.RouterReport | None]
 
 _kernel_init = nn.initializers.xavier_uniform()
 _expert_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-2, out_axis=-1, batch_axis=(0,))
-_router_init = nn.initializers.normal(0.02)
 _zeros = nn.initializers.zeros
 
 
@@ -39,31 +35,11 @@ class DenseMlp(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None = None) -> FfnOutput:
+    def __call__(self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None = None) -> mixture.FfnOutput:
         del train, weight_B
         c = self.config
         h_BxTxF = nn.gelu(_dense(c.d_ff, c.compute_dtype, "embed", "mlp", "up")(x_BxTxD))
         return _dense(c.d_model, c.compute_dtype, "mlp", "embed", "down")(h_BxTxF), None
-
-
-class Router(nn.Module):
-    """Linear router in float32; draws its noise from the `router` stream of random numbers when training."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(
-        self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None
-    ) -> tuple[routing.Routing, routing.RouterReport]:
-        init, shape = sharding.named(_router_init, "embed", "routes"), (x_BxTxD.shape[-1], self.config.num_experts)
-        kernel_DxE = self.param("kernel", init, shape)
-        kernel_DxE = precision.quantise(kernel_DxE, self.config.router_precision)
-        logits_BxTxE = x_BxTxD.astype(jnp.float32) @ kernel_DxE
-        noise_BxTxE = None
-        if train and self.config.router_noise > 0:
-            noise_BxTxE = self.config.router_noise * jax.random.normal(self.make_rng("router"), logits_BxTxE.shape)
-        routed = routing.select(logits_BxTxE, self.config.top_k, noise_BxTxE)
-        return routed, routing.report(logits_BxTxE, routed, self.config.grid, weight_B)
 
 
 class StandardMoe(nn.Module):
@@ -81,15 +57,15 @@ class StandardMoe(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None = None) -> FfnOutput:
+    def __call__(self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None = None) -> mixture.FfnOutput:
         c = self.config
-        routed, report = Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
+        routed, report = mixture.Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
         sizes = {"experts": c.num_experts, "embed": c.d_model, "mlp": c.d_ff}
         params = {
             name: self.param(name, sharding.named(init, *axes), tuple(sizes[axis] for axis in axes))
             for name, (init, axes) in _STORED.items()
         }
-        return _combine(_apply_stored(c, params, x_BxTxD, routed.experts_BxTxK), routed), report
+        return mixture.combine(_apply_stored(c, params, x_BxTxD, routed.experts_BxTxK), routed), report
 
 
 _STORED: dict[str, tuple[nn.initializers.Initializer, tuple[str, ...]]] = {
@@ -112,7 +88,7 @@ def _apply_stored(
     mesh = sharding.active_mesh()
     if mesh is not None:
         return _on_mesh(mesh, params, x_BxTxD, expert_BxTxK)
-    y_NxD = _stored_experts(params, _rows(x_BxTxD, expert_BxTxK.shape[-1]), expert_BxTxK.reshape(-1))
+    y_NxD = _stored_experts(params, mixture.rows(x_BxTxD, expert_BxTxK.shape[-1]), expert_BxTxK.reshape(-1))
     return y_NxD.reshape(*expert_BxTxK.shape, config.d_model)
 
 
@@ -125,7 +101,7 @@ def _on_mesh(
         # Devices along `model` hold parts of one sum; the bias is to enter it once.
         first = (jax.lax.axis_index(sharding.MODEL) == 0).astype(x_bxTxD.dtype)
         own = own | {"down_bias": first * own["down_bias"]}
-        rows_NxD = _rows(x_bxTxD, expert_bxTxK.shape[-1])
+        rows_NxD = mixture.rows(x_bxTxD, expert_bxTxK.shape[-1])
         y_NxD = exchange.apply_experts(
             _stored_experts, own, rows_NxD, expert_bxTxK.reshape(-1), sharding.EXPERT, mesh.axis_names
         )
@@ -188,14 +164,14 @@ class ButterflyMoe(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None = None) -> FfnOutput:
+    def __call__(self, x_BxTxD: jax.Array, *, train: bool, weight_B: jax.Array | None = None) -> mixture.FfnOutput:
         c = self.config
         x_BxTxD = sharding.constrain(x_BxTxD, "rotated_batch", "tokens", "embed")
-        routed, report = Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
+        routed, report = mixture.Router(c, name="router")(x_BxTxD, train=train, weight_B=weight_B)
         params = {name: self._parameter(name, sides) for name, sides in rotated.params_of(c).items()}
         x_BxTxD, expert_BxTxK = x_BxTxD.astype(c.compute_dtype), routed.experts_BxTxK
-        y_BxTxKxF = _in_each_shard(functools.partial(rotated.apply, c), params, x_BxTxD, expert_BxTxK)
-        y_BxTxF = _combine(y_BxTxKxF, routed)
+        y_BxTxKxF = mixture.in_each_shard(functools.partial(rotated.apply, c), params, x_BxTxD, expert_BxTxK)
+        y_BxTxF = mixture.combine(y_BxTxKxF, routed)
         if c.form == "reference":
             y_BxTxF = _dense(c.d_model, c.compute_dtype, "outputs", "embed", "projection")(y_BxTxF)
         return y_BxTxF, report
@@ -224,8 +200,8 @@ def _as_used(config: ModelConfig, name: str, leaf: jax.Array) -> jax.Array:
 def expert_outputs(config: ModelConfig, params: Any, x_BxTxD: jax.Array) -> jax.Array:
     """Applies all experts of a mixture to each token, whatever the router says, by the programs of the layer itself.
 
-    A final bias that all experts share (`down_bias` of `separate` and `tied`, that of the projection of `reference`) is
-    left out: what remains is an expert's own. Stored experts have biases of their own, which stay.
+    A final bias that all experts share (`down_bias` of `separate`, `tied` and `low_rank`, that of the projection of
+    `reference`) is left out: what remains is an expert's own. Stored experts have biases of their own, which stay.
 
     Args:
         config: of the model.
@@ -241,29 +217,17 @@ def expert_outputs(config: ModelConfig, params: Any, x_BxTxD: jax.Array) -> jax.
     )
     if config.stores_experts:
         return _apply_stored(every, {name: params[name] for name in _STORED}, x_BxTxD, expert_BxTxE)
+    x_BxTxD = sharding.constrain(x_BxTxD, "rotated_batch", "tokens", "embed").astype(config.compute_dtype)
+    if config.family == "low_rank":
+        without_bias = params | {"down_bias": jnp.zeros_like(params["down_bias"])}
+        return low_rank.apply(every, without_bias, x_BxTxD, expert_BxTxE)
     used = {name: _as_used(config, name, params[name]) for name in rotated.params_of(config)}
     if config.form != "reference":
         used["down_bias"] = jnp.zeros_like(used["down_bias"])
-    x_BxTxD = sharding.constrain(x_BxTxD, "rotated_batch", "tokens", "embed").astype(config.compute_dtype)
-    y_BxTxExF = _in_each_shard(functools.partial(rotated.apply, every), used, x_BxTxD, expert_BxTxE)
+    y_BxTxExF = mixture.in_each_shard(functools.partial(rotated.apply, every), used, x_BxTxD, expert_BxTxE)
     if config.form != "reference":
         return y_BxTxExF
     return y_BxTxExF @ params["projection"]["kernel"].astype(config.compute_dtype)
-
-
-def _in_each_shard(
-    experts: Callable[..., jax.Array], params: dict[str, jax.Array], x_BxTxD: jax.Array, expert_BxTxK: jax.Array
-) -> jax.Array:
-    """Applies rotated experts to the tokens of each device where they are.
-
-    The gradient of a parameter is summed up within each device, wherever it is used, and over devices once.
-    """
-    mesh = sharding.active_mesh()
-    if mesh is None:
-        return experts(params, x_BxTxD, expert_BxTxK)
-    rows, whole = sharding.split("rotated_batch"), PartitionSpec()
-    by_shard = jax.shard_map(experts, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows, check_vma=False)
-    return by_shard(params, x_BxTxD, expert_BxTxK)
 
 
 def _rounded(config: ModelConfig, w_IxO: jax.Array) -> jax.Array:
@@ -275,17 +239,3 @@ def _rounded(config: ModelConfig, w_IxO: jax.Array) -> jax.Array:
 
 def _uniform(limit: float) -> nn.initializers.Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -limit, limit)
-
-
-def _rows(x_BxTxD: jax.Array, top_k: int) -> jax.Array:
-    batch, tokens, d_model = x_BxTxD.shape
-    return jnp.broadcast_to(x_BxTxD[:, :, None], (batch, tokens, top_k, d_model)).reshape(-1, d_model)
-
-
-def _combine(y_BxTxKxF: jax.Array, routed: routing.Routing) -> jax.Array:
-    """Sums the experts' outputs by their gates, in float32; the dtype of `y_BxTxKxF` comes back."""
-    gated = (
-        y_BxTxKxF[:, :, choice].astype(jnp.float32) * routed.gates_BxTxK[:, :, choice, None]
-        for choice in range(y_BxTxKxF.shape[2])
-    )
-    return functools.reduce(jnp.add, gated).astype(y_BxTxKxF.dtype)

@@ -4,10 +4,10 @@ The mesh has the axes `data`, `expert` and `model`. Modules name the axes of the
 (`batch`, `heads`, ...); `RULES` says over which mesh axes each is split, and is the only place that does.
 
 - Images are split over `data` and `expert` together, so that no device idles, whatever the family.
-- Rotated experts are on every device; tokens never leave theirs. Stored experts are split over `expert`, and tokens
-  travel (`bvit_jax.exchange`).
-- `model` splits attention heads and the hidden channels of dense and stored FFNs. Rotations mix all channels, so
-  butterfly layers split their images over `model` too.
+- Rotated and low-rank experts are on every device; tokens never leave theirs. Stored experts are split over `expert`,
+  and tokens travel (`bvit_jax.exchange`).
+- `model` splits attention heads and the hidden channels of dense and stored FFNs. Rotations mix all channels, so layers
+  whose experts are on every device split their images over `model` too.
 - Large arrays of the optimiser (and, with `fsdp`, of the parameters) are split over whatever batch axes they do not
   use yet, where they divide: every device updates its part.
 """
@@ -38,7 +38,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": MODEL,
     "mlp": MODEL,
     **dict.fromkeys(("layers", "tokens", "embed", "head_dim", "pixels", "classes", "routes")),
-    **dict.fromkeys(("rotations", "angles", "inputs", "outputs")),  # of rotated experts: on every device
+    **dict.fromkeys(("rotations", "angles", "rank", "inputs", "outputs")),  # of experts on every device
 }
 """Mesh axes of each logical axis; None for none."""
 
@@ -174,8 +174,8 @@ def mesh_shape(model: ModelConfig, batch_size: int, layout: Layout, count: int) 
     for name in ("num_heads", "d_ff"):
         size = getattr(model, name)
         require(size % along_model == 0, "model_axis", along_model, f"a divisor of {name} = {size}")
-    # Heads and hidden channels are split over `model`, but tokens among rotated experts are too.
-    parts = count if model.family == "butterfly" else rest
+    # Heads and hidden channels are split over `model`, but tokens of experts that are on every device are too.
+    parts = count if model.keeps_tokens else rest
     require(batch_size % parts == 0, "batch_size", batch_size, f"a multiple of the {parts} devices that share it out")
     return rest // expert, expert, along_model
 

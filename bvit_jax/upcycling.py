@@ -2,9 +2,10 @@
 
 Embeddings, attention, norms and head are taken over as they are, and so is the FFN of a layer that stays dense. In a
 mixture every stored expert starts as the dense FFN of its layer; of rotated experts the prototypes do, as the floats
-behind the ternary matrices, with the angles and the router as they were drawn. With angles of 0 and no rounding the
-first outputs are therefore those of the dense model, in the form `tied` but for the down projection, which it lacks. A
-single selected expert's gate is its probability, which scales its output.
+behind the ternary matrices, with the angles and the router as they were drawn; so do the shared matrices of low-rank
+experts, whose differences are drawn as 0. With those, or with angles of 0 and no rounding, the first outputs are
+therefore those of the dense model, in the form `tied` but for the down projection, which it lacks. A single selected
+expert's gate is its probability, which scales its output.
 
 References:
     Komatsuzaki et al., "Sparse Upcycling", arXiv 2212.05055, which does so for stored experts.

@@ -17,18 +17,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bvit_jax import moe, pixels, sharding
+from bvit_jax import low_rank, moe, pixels, sharding
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.routing import RouterReport
 
 Params = Any
 Segment = tuple[tuple[bool, ...], int]
 
-FFN_OF_FAMILY: dict[str, type[moe.DenseMlp | moe.StandardMoe | moe.ButterflyMoe]] = {
+FFN_OF_FAMILY: dict[str, type[moe.DenseMlp | moe.StandardMoe | moe.ButterflyMoe | low_rank.LowRankMoe]] = {
     "dense": moe.DenseMlp,
     "standard": moe.StandardMoe,
     "ternary": moe.StandardMoe,
     "butterfly": moe.ButterflyMoe,
+    "low_rank": low_rank.LowRankMoe,
 }
 
 _kernel_init = nn.initializers.xavier_uniform()
@@ -156,6 +157,7 @@ class Vit(nn.Module):
         if images_BxHxWxc.shape[1:] != expected:
             raise ValueError(f"images have shape {images_BxHxWxc.shape}; this model needs (batch, {str(expected)[1:]}")
         x_BxTxD = self._embed((2 * pixels.to_unit(images_BxHxWxc) - 1).astype(c.compute_dtype))
+        self.sow("intermediates", "embedded", x_BxTxD)
         reports: list[RouterReport] = []
         skips_L = jnp.linspace(0, c.stochastic_depth, c.num_layers) if train and c.stochastic_depth > 0 else None
         first = 0
@@ -283,7 +285,8 @@ def ffn_inputs(config: ModelConfig, params: Params, images_BxHxWxc: jax.Array) -
     )
     return {
         segment: {block: captured["ffn_norm"]["__call__"][0] for block, captured in blocks.items()}
-        for segment, blocks in found.get("intermediates", {}).items()
+        for segment, blocks in found["intermediates"].items()
+        if segment.startswith("segment_")
     }
 
 

@@ -75,6 +75,7 @@ def get_config(argument: str = "butterfly,8") -> ml_collections.ConfigDict:
             "num_experts": 8,
             "top_k": 2,
             "moe_layers": "every",
+            "rank": 4,
             "rotations": "all",
             "num_stages": 2,
             "stride_order": "descending",

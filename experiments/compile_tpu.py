@@ -24,7 +24,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration fil
 _TOPOLOGY = flags.DEFINE_list("topology", ["v5e:4x4"], "Slices, comma between, such as v5e:4x4,v5p:2x2x1.")
 _EXPERTS = flags.DEFINE_list("experts", [str(4**power) for power in range(7)], "Numbers of experts, comma between.")
 _FAMILIES = flags.DEFINE_list(
-    "families", ["butterfly", "standard", "dense"], "Of butterfly, ternary, standard, dense; comma between."
+    "families",
+    ["butterfly", "standard", "dense"],
+    "Of butterfly or low_rank, whichever the configuration is of, ternary, standard, dense; comma between.",
 )
 flags.adopt_module_key_flags(mesh_flags)
 _OUT = flags.DEFINE_string("out", None, "The directory to write to; made if absent, gone on with if not.")

@@ -310,6 +310,22 @@ def butterfly_moe(params: Any, x_BxTxD: Array, *, form: str, top_k: int, num_sta
     return _by_token(token, x_BxTxD)
 
 
+def low_rank_moe(params: Any, x_BxTxD: Array, top_k: int) -> Array:
+    """Every expert's own dense matrices W_i = W + U_i V_i, token by token."""
+
+    def matrix(side: str, expert: int) -> Array:
+        return params[f"{side}_kernel"] + params[f"{side}_left"][expert] @ params[f"{side}_right"][expert]
+
+    def token(x: Array) -> Array:
+        y = np.zeros_like(x)
+        for expert, gate in zip(*route(params["router"]["kernel"].T @ x, top_k), strict=True):
+            h = gelu(matrix("up", expert).T @ x + params["up_bias"])
+            y += gate * (matrix("down", expert).T @ h + params["down_bias"])
+        return y
+
+    return _by_token(token, x_BxTxD)
+
+
 class Side(NamedTuple):
     """One of the four rotations of a rotated FFN: the name of its angles, depth, order, and whether it turns back."""
 

@@ -198,6 +198,8 @@ def test_a_ternary_mixture_is_one_of_the_families():
     assert [(c.family, c.form, c.num_experts, c.step) for c in found] == kinds
     with pytest.raises(ConfigError, match="model.family = 'standard': it must be ternary or butterfly"):
         compile_report.cases(make_config("standard,4"), ["v5e:2x2"], ["ternary"], [4])
+    with pytest.raises(ConfigError, match="model.family = 'butterfly': it must be low_rank, to compile one"):
+        compile_report.cases(make_config("butterfly,4"), ["v5e:2x2"], ["low_rank"], [4])
 
 
 def test_cells_by_hand():

@@ -106,7 +106,7 @@ def test_the_mesh_and_the_processes_are_in_the_help_of_training():
 def test_formats_are_in_the_help_of_all_that_take_them():
     for name in ("export", "evaluate", "memory"):
         shown = start(f"experiments.{name}", "--help").stdout
-        assert all(f"--{flag}" in shown for flag in ("router", "backbone", "experts_format", "trits"))
+        assert all(f"--{flag}" in shown for flag in ("router", "backbone", "ends", "experts_format", "trits"))
 
 
 CASES = """
@@ -248,7 +248,7 @@ def test_compile_tpu_writes_its_report_and_goes_on(tmp_path):
         (["--topology=v5e:8x8"], "butterfly, 1 experts on v5e:8x8: batch_size = 32: it must be a multiple of the 64"),
         (["--expert_axis=2", "--experts=3"], "standard, 3 experts on v5e:4x4: expert_axis = 2: it must be a divisor"),
         (["--experts=4,x"], "experts = '4,x': it must be numbers from 1"),
-        (["--families=round"], "families = 'round': it must be dense or standard or ternary or butterfly"),
+        (["--families=round"], "families = 'round': it must be dense or standard or ternary or butterfly or low_rank"),
         (["--expert_axis=two"], "expert_axis = 'two': it must be auto or a number"),
     ],
 )

@@ -49,12 +49,13 @@ def random_split(count: int) -> data.Split:
     return data.Split(squares.repeat(2, axis=1).repeat(2, axis=2), np.zeros(count, np.int32))
 
 
-@pytest.fixture(scope="module", params=["standard", "butterfly"])
+@pytest.fixture(scope="module", params=["standard", "butterfly", "low_rank"])
 def made(request: pytest.FixtureRequest) -> Made:
     """Mixtures in a pattern of two that is repeated, and in two segments, of which one is repeated."""
     kinds: dict[str, dict[str, Any]] = {
         "standard": {"num_layers": 4, "moe_layers": "second"},
         "butterfly": {"num_layers": 5, "moe_layers": "0,2,3", "form": "tied", "dispatch": "rows"},
+        "low_rank": {"num_layers": 4, "moe_layers": "0,1,3", "rank": 3},
     }
     config = make_model(family=request.param, **kinds[request.param])
     params, images = random_params(config), random_split(80).images
@@ -160,7 +161,7 @@ def test_experts_are_moved_layer_by_layer_and_nothing_else(family, form, layers)
     own = ("up_kernel", "up_bias", "down_kernel", "down_bias") if config.stores_experts else ()
     for before, after, from_E in zip(ffn_of(params, config), ffn_of(moved, config), source, strict=True):
         for name, leaf in before.items():
-            expected = leaf[from_E] if name in own or name.endswith("angles") else leaf
+            expected = leaf[from_E] if name in own or name.endswith(("angles", "left", "right")) else leaf
             jax.tree.map(np.testing.assert_array_equal, after[name], expected)
     kept = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), (_, after) in zip(kept, jax.tree_util.tree_leaves_with_path(moved), strict=True):
@@ -292,7 +293,7 @@ def test_plain_data_and_means_over_layers():
 def of_families() -> dict[str, Any]:
     """Moves experts and measures them on as many devices as there are, parameters split as in training."""
     found = {}
-    for family in ("standard", "butterfly"):
+    for family in ("standard", "butterfly", "low_rank"):
         config = make_model(family=family, num_experts=8, dispatch="rows")
         placement = sharding.place(config, 8)
         places = placement.params(vit.param_axes(config), vit.param_shapes(config))

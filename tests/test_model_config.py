@@ -14,6 +14,7 @@ OTHER = {
     "num_experts": 5,
     "top_k": 3,
     "moe_layers": "0",
+    "rank": 2,
     "rotations": "outer",
     "num_stages": 3,
     "stride_order": "ascending",
@@ -39,14 +40,14 @@ BUTTERFLY_ONLY = {
     *("form", "rotations", "num_stages", "stride_order"),
     *("ternary_scale", "angle_bits", "angle_init", "dispatch"),
 }
-FAMILIES = ["dense", "standard", "ternary", "butterfly"]
+FAMILIES = ["dense", "standard", "ternary", "butterfly", "low_rank"]
 MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_precision"}
 
 
 @pytest.mark.parametrize(
     ("field", "value", "right"),
     [
-        ("family", "sparse", "dense or standard or ternary or butterfly"),
+        ("family", "sparse", "dense or standard or ternary or butterfly or low_rank"),
         ("form", "both", "separate or tied or reference"),
         ("rotations", "inner", "all or outer"),
         ("stride_order", "random", "descending or ascending"),
@@ -57,6 +58,7 @@ MIXTURE_ONLY = {"num_experts", "top_k", "moe_layers", "router_noise", "router_pr
         ("dispatch", "sorted", "auto or rows or blocks or fused"),
         ("num_experts", 0, "at least 1"),
         ("top_k", 0, "at least 1"),
+        ("rank", 0, "at least 1"),
         ("num_stages", 0, "at least 1"),
         ("image_size", 0, "at least 1"),
         ("patch_size", 0, "at least 1"),
@@ -89,6 +91,16 @@ def test_an_impossible_value_is_named_with_what_would_be_right(field, value, rig
 def test_not_a_number_is_no_size(field):
     with pytest.raises(ConfigError, match=rf"model\.{field} = nan"):
         dataclasses.replace(make_model(), **{field: float("nan")})
+
+
+@pytest.mark.parametrize(("d_model", "d_ff", "most"), [(64, 128, 64), (64, 40, 40), (8, 1, 1)])
+def test_a_rank_is_at_most_that_of_the_matrices(d_model, d_ff, most):
+    model = dataclasses.replace(make_model(num_stages=1), family="low_rank", d_model=d_model, d_ff=d_ff, rank=most)
+    assert model.rank == most
+    message = f"model.rank = {most + 1}: it must be at most {most}, the smaller of d_model and d_ff"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        dataclasses.replace(model, rank=most + 1)
+    assert dataclasses.replace(model, family="standard", rank=most + 1).canonical().rank == 1
 
 
 def test_the_limits_themselves_are_possible():
@@ -140,10 +152,11 @@ def test_canonical_drops_what_the_family_ignores_and_keeps_the_rest(family, fiel
     changed = dataclasses.replace(plain, **{field: OTHER[field]})
     assert changed != plain
     ignored = {
-        "dense": BUTTERFLY_ONLY | MIXTURE_ONLY,
-        "standard": BUTTERFLY_ONLY,
-        "ternary": BUTTERFLY_ONLY - {"ternary_scale"},
-        "butterfly": set(),
+        "dense": BUTTERFLY_ONLY | MIXTURE_ONLY | {"rank"},
+        "standard": BUTTERFLY_ONLY | {"rank"},
+        "ternary": BUTTERFLY_ONLY - {"ternary_scale"} | {"rank"},
+        "butterfly": {"rank"},
+        "low_rank": BUTTERFLY_ONLY,
     }[family]
     assert (changed.canonical() == plain.canonical()) == (field in ignored)
     if field not in ignored:
@@ -162,13 +175,14 @@ def test_canonical_is_idempotent_and_keeps_the_family(family):
 
 
 def test_families_stay_apart():
-    assert len({dataclasses.replace(make_model(), family=family).canonical() for family in FAMILIES}) == 4
+    assert len({dataclasses.replace(make_model(), family=family).canonical() for family in FAMILIES}) == 5
 
 
 def test_what_families_have_experts_of_which_kind():
     models = [dataclasses.replace(make_model(), family=family) for family in FAMILIES]
-    assert [model.stores_experts for model in models] == [False, True, True, False]
-    assert [model.has_ternary_experts for model in models] == [False, False, True, True]
+    assert [model.stores_experts for model in models] == [False, True, True, False, False]
+    assert [model.keeps_tokens for model in models] == [False, False, False, True, True]
+    assert [model.has_ternary_experts for model in models] == [False, False, True, True, False]
 
 
 def test_the_paper_variant_has_the_papers_numbers():

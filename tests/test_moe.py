@@ -13,13 +13,13 @@ import pytest
 from conftest import make_model
 from jax.extend import core
 
-from bvit_jax import moe, ternary
+from bvit_jax import moe, ternary, vit
 from bvit_jax.model_config import ModelConfig
 
 # Compiling costs more here than running.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOKENS = 5  # a 2 x 2 grid and the class token
-LAYERS = {"dense": moe.DenseMlp, "standard": moe.StandardMoe, "ternary": moe.StandardMoe, "butterfly": moe.ButterflyMoe}
+LAYERS = vit.FFN_OF_FAMILY
 
 
 def small(**changes: object) -> ModelConfig:
@@ -40,6 +40,8 @@ def oracle(config: ModelConfig, params: Any, x: np.ndarray) -> np.ndarray:
         return oracles.dense_mlp(params, x)
     if config.stores_experts:
         return oracles.standard_moe(params, x, config.top_k)
+    if config.family == "low_rank":
+        return oracles.low_rank_moe(params, x, config.top_k)
     return oracles.butterfly_moe(
         params, x, form=config.form, top_k=config.top_k, num_stages=config.num_stages, order=config.stride_order
     )
@@ -86,6 +88,10 @@ CASES |= {
     "ternary, two choices": {"family": "ternary", "top_k": 2},
     "ternary, one choice, per tensor": {"family": "ternary", "top_k": 1, "num_experts": 8, "ternary_scale": "tensor"},
     "ternary, one expert": {"family": "ternary", "top_k": 1, "num_experts": 1},
+    "low rank, two choices": {"family": "low_rank", "top_k": 2},
+    "low rank, one choice, rank 1": {"family": "low_rank", "top_k": 1, "num_experts": 8, "rank": 1},
+    "low rank, one expert, full rank": {"family": "low_rank", "top_k": 1, "num_experts": 1, "rank": 12},
+    "low rank, every expert, wide to narrow": {"family": "low_rank", "top_k": 3, "d_model": 20, "d_ff": 6},
 }
 
 
@@ -184,6 +190,20 @@ SHAPES: dict[str, tuple[dict[str, Any], Any]] = {
             "router": {"kernel": (12, 3)},
         },
     ),
+    "low_rank": (
+        {"family": "low_rank", "rank": 5},
+        {
+            "up_kernel": (12, 20),
+            "up_left": (3, 12, 5),
+            "up_right": (3, 5, 20),
+            "up_bias": (20,),
+            "down_kernel": (20, 12),
+            "down_left": (3, 20, 5),
+            "down_right": (3, 5, 12),
+            "down_bias": (12,),
+            "router": {"kernel": (12, 3)},
+        },
+    ),
     "dense": (
         {"family": "dense"},
         {"up": {"kernel": (12, 20), "bias": (20,)}, "down": {"kernel": (20, 12), "bias": (12,)}},
@@ -254,7 +274,10 @@ OUTPUTS: dict[str, dict[str, Any]] = {
     "separate, outer": {"rotations": "outer", "num_stages": 2},
     "tied": {"form": "tied", "num_stages": 5},
     "reference": {"form": "reference", "num_stages": 2},
+    "low rank": {"family": "low_rank", "rank": 2},
 }
+OWN = ("angles", "left", "right")
+"""Endings of the names of what is an expert's own, where experts share the rest."""
 
 
 @pytest.mark.parametrize("case", OUTPUTS)
@@ -269,7 +292,7 @@ def test_the_outputs_of_every_expert_are_those_of_a_layer_that_has_it_alone(case
         # Of one expert the gate is 1. A final bias that all share is no expert's own.
         alone = {name: leaf for name, leaf in exact.items() if name != "router"}
         for name, leaf in alone.items():
-            if config.stores_experts or name.endswith("angles"):
+            if config.stores_experts or name.endswith(OWN):
                 alone[name] = leaf[expert : expert + 1]
             if name.endswith("angles"):
                 alone[name] = oracles.round_angles(alone[name], config.angle_bits)
@@ -290,7 +313,7 @@ def test_the_outputs_of_experts_have_the_dtype_that_they_are_computed_in() -> No
     np.testing.assert_allclose(found.astype(jnp.float32), wide, atol=0.05 * float(jnp.abs(wide).max()))
 
 
-@pytest.mark.parametrize("family", ["standard", "ternary", "butterfly"])
+@pytest.mark.parametrize("family", ["standard", "ternary", "butterfly", "low_rank"])
 def test_experts_without_rows_get_no_gradient(family: str) -> None:
     config = small(family=family, num_experts=16, top_k=1)
     layer, params, x = make_layer(config, batch=1)
@@ -303,12 +326,12 @@ def test_experts_without_rows_get_no_gradient(family: str) -> None:
     used = np.asarray(report.assignments_E) > 0
     assert 1 <= used.sum() <= TOKENS
     for name, value in gradient.items():
-        if name.endswith("angles") or (config.stores_experts and name != "router"):
+        if name.endswith(OWN) or (config.stores_experts and name != "router"):
             size = np.abs(value).reshape(16, -1).max(axis=1)
             np.testing.assert_array_equal(size > 0, used, err_msg=name)
 
 
-@pytest.mark.parametrize("family", ["standard", "ternary", "butterfly"])
+@pytest.mark.parametrize("family", ["standard", "ternary", "butterfly", "low_rank"])
 def test_router_noise_in_training_alone(family: str) -> None:
     noisy, quiet = small(family=family, router_noise=2.0, num_experts=8), small(family=family, num_experts=8)
     layer, params, x = make_layer(noisy)

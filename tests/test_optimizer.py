@@ -36,6 +36,10 @@ FFN_MATRICES = {
     ("butterfly", "separate"): {"up_prototype", "down_prototype", "router/kernel"},
     ("butterfly", "tied"): {"prototype", "router/kernel"},
     ("butterfly", "reference"): {"prototype", "projection/kernel", "router/kernel"},
+    ("low_rank", "separate"): {
+        *(f"{side}_{kind}" for side in ("up", "down") for kind in ("kernel", "left", "right")),
+        "router/kernel",
+    },
 }
 
 
@@ -188,6 +192,7 @@ def test_an_unknown_path_is_an_error(path):
         ("butterfly", "expert_multiplier", "prototype"),
         ("standard", "expert_multiplier", "experts"),
         ("ternary", "expert_multiplier", "experts"),
+        ("low_rank", "expert_multiplier", "experts"),
         ("butterfly", "angle_multiplier", "angles"),
         ("butterfly", "router_multiplier", "router"),
     ],

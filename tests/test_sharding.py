@@ -59,6 +59,7 @@ SHARED = "it must be a multiple of the {} devices that share it out"
         ({"family": "ternary", "num_experts": 6}, {"model": 2}, 8, (2, 2, 2)),
         *[({"family": family, "num_experts": 16}, {}, 8, (8, 1, 1)) for family in ("dense", "butterfly")],
         *[({"family": "butterfly", "form": form}, {"model": 2}, 8, (4, 1, 2)) for form in ("tied", "reference")],
+        ({"family": "low_rank", "num_experts": 16}, {}, 8, (8, 1, 1)),
         # Images are split over the expert axis too, so a family without stored experts may have one.
         *[({"family": family, "num_experts": 3}, {"expert": 4}, 8, (2, 4, 1)) for family in ("dense", "butterfly")],
     ],
@@ -103,6 +104,7 @@ def test_the_shape_of_the_mesh_by_hand(model, layout, count, shape):
             8,
             f"batch_size = 4: {SHARED.format(8)}",
         ),
+        ({"family": "low_rank"}, 4, {"model": 2}, 8, f"batch_size = 4: {SHARED.format(8)}"),
     ],
 )
 def test_what_does_not_divide_over_the_mesh_is_named(model, batch, layout, count, message):
@@ -116,7 +118,7 @@ def test_what_does_not_divide_over_the_mesh_is_named(model, batch, layout, count
 
 
 @given(
-    family=st.sampled_from(["dense", "standard", "ternary", "butterfly"]),
+    family=st.sampled_from(["dense", "standard", "ternary", "butterfly", "low_rank"]),
     experts=st.integers(1, 64),
     count=st.integers(1, 64),
     along_model=st.sampled_from([1, 2, 4]),
@@ -189,6 +191,7 @@ SPLIT_FFN = {
         "router/kernel": (None, None, None),
     },
     "butterfly": {},
+    "low_rank": {},
 }
 SPLIT_FFN["ternary"] = SPLIT_FFN["standard"]
 
@@ -199,10 +202,10 @@ def test_parameters_are_placed_by_hand(family, form):
     found = specs(on_mesh(2, 2, 2).params(vit.param_axes(model), vit.param_shapes(model)))
     expected = ATTENTION | {f"{BLOCK}/ffn/{name}": spec for name, spec in SPLIT_FFN[family].items()}
     assert {name: found[name] for name in expected} == expected
-    # Whatever is not named here is on every device: rotated experts above all.
+    # Whatever is not named here is on every device: rotated and low-rank experts above all.
     others = {name: spec for name, spec in found.items() if name not in expected}
     assert not any(any(spec) for spec in others.values())
-    assert any(f"{BLOCK}/ffn/" in name for name in others) == (family == "butterfly")
+    assert any(f"{BLOCK}/ffn/" in name for name in others) == model.keeps_tokens
 
 
 def spread(model: ModelConfig, placement: Placement, kind: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -302,7 +305,7 @@ def test_splitting_large_arrays_keeps_to_its_rules(array, mesh, fsdp):
         assert names[dimension] != "layers"
 
 
-@pytest.mark.parametrize("argument", ["dense,4", "standard,4", "butterfly,4,tied"])
+@pytest.mark.parametrize("argument", ["dense,4", "standard,4", "butterfly,4,tied", "low_rank,4"])
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_the_optimiser_is_placed_as_its_parameters_would_be(argument, fsdp, monkeypatch):
     monkeypatch.setattr(sharding, "LARGE_BYTES", 4 * 1024)
@@ -341,7 +344,9 @@ def test_modules_see_the_mesh_of_an_active_placement_alone():
 def test_logical_axes_by_hand():
     assert tuple(sharding.split("batch", "tokens", None, "heads")) == (BOTH, None, None, "model")
     assert tuple(sharding.split("rotated_batch", "experts")) == (("data", "expert", "model"), "expert")
-    assert [name for name in ("rotations", "angles", "inputs", "outputs", "layers") if sharding.RULES[name]] == []
+    assert [
+        name for name in ("rotations", "angles", "rank", "inputs", "outputs", "layers") if sharding.RULES[name]
+    ] == []
 
 
 # Batches

@@ -18,7 +18,7 @@ from bvit_jax.sharding import Placement
 from bvit_jax.train_step import TrainState
 from tests.conftest import make_config, on_devices
 
-KINDS = ["dense,4", "standard,4", "butterfly,4,separate", "butterfly,4,tied", "butterfly,4,reference"]
+KINDS = ["dense,4", "standard,4", "butterfly,4,separate", "butterfly,4,tied", "butterfly,4,reference", "low_rank,4"]
 SMALL = {"d_model": 16, "d_ff": 32, "num_heads": 2, "patch_size": 4, "top_k": 2, "num_stages": 2}
 BATCH = 8
 
