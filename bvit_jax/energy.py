@@ -19,7 +19,9 @@ read or written.
   routers, shared biases and the projection count whole. A token's K experts are taken as K distinct ones drawn evenly,
   each token for itself, so of E experts E (1 - (1 - K / E)^tokens) are touched. Real routers are less even.
 - Activations: float32, read from and written to on-chip memory. The router reads D and writes E numbers a token; each
-  matrix product reads its inputs and writes its outputs; the weighted sum reads K rows and writes one.
+  matrix product reads its inputs and writes its outputs; the weighted sum reads K rows and writes one. Of `low_rank`
+  experts the shared up product is made once a token, and the thin products, two for each side of a row, add to what
+  the shared one has written, which they read.
 - Rotations: their activations, apart. Each stage reads and writes both members of a pair and reads its sine and cosine:
   6 numbers an angle. A kernel that keeps rows on chip, as the project's own for TPUs does (`bvit_jax/kernels`), moves
   next to none of them, so the saving is given both ways, with them and (`saving_fused`) without.
@@ -48,7 +50,7 @@ References:
 import dataclasses
 from collections.abc import Sequence
 
-from bvit_jax import butterfly, memory, rotated, scaling
+from bvit_jax import butterfly, memory, reductions, rotated, scaling
 from bvit_jax.config import Config
 from bvit_jax.model_config import ModelConfig, require
 from bvit_jax.storage import Encoding, Storage, StoredParam, expert_precision, layout
@@ -150,6 +152,12 @@ def step(model: ModelConfig, storage: Storage, images: int = 1) -> Energy:
     rows, columns = model.grid
     tokens = images * (rows * columns + 1)
     layers = model.num_layers if model.family == "dense" else sum(model.is_moe_by_layer)
+    require(
+        storage.reductions == reductions.NONE,
+        "storage.reductions",
+        storage.reductions,
+        "none: their work is not modelled",
+    )
     work = (_per_token(model, storage) + _per_row(model, storage) * model.top_k) * (layers * tokens)
     return Energy(
         weights=DRAM_BYTE * weight_bytes(model, storage, tokens),
@@ -176,6 +184,8 @@ def weight_bytes(model: ModelConfig, storage: Storage, tokens: int) -> float:
 
 def _belongs_to_experts(stored: StoredParam, model: ModelConfig) -> bool:
     """Whether a tensor has an axis of experts that a step reads in part; a router is read whole."""
+    if model.family == "low_rank":
+        return stored.path.endswith(("_left", "_right"))
     return stored.component in ("experts", "angles") or (model.stores_experts and stored.component == "ffn_bias")
 
 
@@ -183,6 +193,9 @@ def _per_row(model: ModelConfig, storage: Storage) -> _Work:
     """Returns the work of one token in one of its experts, or in a dense FFN."""
     d_model, d_ff = model.d_model, model.d_ff
     encoding = expert_precision(model, storage)
+    if model.family == "low_rank":
+        thin = _difference(model, d_model, d_ff, encoding) + _difference(model, d_ff, d_model, encoding)
+        return thin + _product(d_ff, d_model, encoding, d_model)
     if model.family != "butterfly":
         return _product(d_model, d_ff, encoding, d_ff) + _product(d_ff, d_model, encoding, d_model)
     one_way = _product(d_model, d_ff, encoding, d_ff) + _turns(model, "D") + _turns(model, "F")
@@ -193,14 +206,25 @@ def _per_row(model: ModelConfig, storage: Storage) -> _Work:
 
 
 def _per_token(model: ModelConfig, storage: Storage) -> _Work:
-    """Returns the work of one token outside its experts: router, weighted sum and, in `reference`, the projection."""
+    """Returns the work of one token outside its experts.
+
+    That is the router and the weighted sum, in `reference` the projection, and of `low_rank` the shared up product.
+    """
     if model.family == "dense":
         return _Work()
     reference = model.family == "butterfly" and model.form == "reference"
     width = model.d_ff if reference else model.d_model
     work = _product(model.d_model, model.num_experts, storage.router, model.num_experts)
     work += _Work((model.top_k + 1) * width, model.top_k * width * _MULTIPLY_ADD)
+    if model.family == "low_rank":
+        work += _product(model.d_model, model.d_ff, storage.experts, model.d_ff)
     return work + _product(width, model.d_model, storage.experts, model.d_model) if reference else work
+
+
+def _difference(model: ModelConfig, inputs: int, outputs: int, encoding: Encoding) -> _Work:
+    """Returns the work of one row times a difference of low rank, added to the outputs of the shared product."""
+    thin = _product(inputs, model.rank, encoding, model.rank) + _product(model.rank, outputs, encoding, outputs)
+    return thin + _Work(outputs)
 
 
 def _product(inputs: int, outputs: int, encoding: Encoding, scales: int) -> _Work:

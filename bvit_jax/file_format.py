@@ -16,9 +16,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from bvit_jax.storage import Dtype, Tensor
+from bvit_jax.tensors import Dtype, Tensor
 
-VERSION = 2
+VERSION = 3
 METADATA_KEY = "bvit_jax"
 NO_DIGEST = "0" * 64
 LENGTH_BYTES = 8

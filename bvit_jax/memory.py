@@ -3,14 +3,13 @@
 Two accountings stand side by side:
 
 - `paper`, the formula of the ButterflyViT paper, for comparison with its figures: the expert matrices of the mixture
-  layers alone, 1.58 bits a ternary weight, the stored bits of an angle or a weight; router, scales, biases and the
-  dense projection of the `reference` form left out.
+  layers alone, 1.58 bits a ternary weight, the stored bits of an angle or a weight; router, scales, biases, the index
+  of pruned weights and the dense projection of the `reference` form left out.
 - `full`, every byte of the exported file (`bvit_jax.packed_file`), its header included.
 """
 
 import dataclasses
 import functools
-import math
 import re
 from typing import Any
 
@@ -31,9 +30,9 @@ class Row:
     """One component of a model.
 
     Attributes:
-        component: a name of `components.COMPONENTS`; `scales`, of the matrices of the feed-forward layers; or `header`,
-            the bytes of the file before its tensors.
-        params: trained numbers; none for scales and header.
+        component: a name of `components.COMPONENTS`; `scales`, of the matrices of the feed-forward layers; `index`,
+            which weights of pruned parameters are kept; or `header`, the bytes of the file before its tensors.
+        params: numbers of the model that are stored; none for scales, index and header.
         bytes_paper, bytes_full: in the two accountings; `bytes_paper` need not be whole (1.58 bits).
     """
 
@@ -58,7 +57,7 @@ class Ledger:
 
     @property
     def params(self) -> int:
-        """Trained numbers."""
+        """Numbers of the model that are stored: all that were trained, unless it is reduced."""
         return sum(row.params for row in self.rows)
 
     @property
@@ -96,18 +95,20 @@ def ledger(config: Config, storage: Storage | None = None) -> Ledger:
         if stored.component in _MATRICES and scale_bytes:
             _add(rows, Row("scales", 0, 0.0, scale_bytes))
             scale_bytes = 0
-        _add(rows, Row(stored.component, math.prod(stored.shape), paper, stored.values.nbytes + scale_bytes))
-    names = (*components.COMPONENTS[:1], "scales", *components.COMPONENTS[1:])
+        if stored.index is not None:
+            _add(rows, Row("index", 0, 0.0, stored.index.nbytes))
+        _add(rows, Row(stored.component, stored.numbers, paper, stored.values.nbytes + scale_bytes))
+    names = (*components.COMPONENTS[:1], "scales", "index", *components.COMPONENTS[1:])
     return _with_header(tuple(rows[name] for name in names if name in rows), params, config, storage)
 
 
 def _paper_bytes(stored: StoredParam, config: Config, storage: Storage) -> float:
     if stored.component == "angles":
-        return math.prod(stored.shape) * storage.angle_bits / 8
+        return stored.numbers * storage.angle_bits / 8
     in_formula = {"prototype", "experts"} if config.model.family != "dense" else {"ffn"}
     if stored.component not in in_formula or stored.encoding == "angles":
         return 0.0
-    return math.prod(stored.shape) * PAPER_BITS[stored.encoding] / 8
+    return stored.numbers * PAPER_BITS[stored.encoding] / 8
 
 
 def _add(rows: dict[str, Row], row: Row) -> None:
@@ -143,7 +144,7 @@ def in_mixture(stored: StoredParam, model: ModelConfig) -> bool:
 def metadata(config: Config, storage: Storage, ledger_: Ledger, digest: str = file_format.NO_DIGEST) -> str:
     """Returns the JSON text in the header of a model's file."""
     named = dataclasses.replace(config, start_from="").to_dict()  # a path means nothing elsewhere
-    return file_format.metadata_text(named, dataclasses.asdict(storage), ledger_.to_dict(), digest)
+    return file_format.metadata_text(named, storage.to_dict(), ledger_.to_dict(), digest)
 
 
 def standard_ledger(config: Config) -> Ledger:

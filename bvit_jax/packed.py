@@ -4,7 +4,7 @@
     probabilities = model.probabilities(images)
 
 The tensors stay packed in memory; inside the compiled program each layer's parameters are unpacked when the scan comes
-to it, and dropped.
+to it, and dropped. Reduced parameters (`bvit_jax.reductions`) are decoded when the file is loaded.
 
 Axes: n images, H and W pixels, c channels, C classes.
 """
@@ -22,10 +22,11 @@ import numpy as np
 
 from bvit_jax import packed_file
 from bvit_jax.config import Config
+from bvit_jax.encoding import decode, nest
 from bvit_jax.memory import Ledger
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.packed_file import Packed
-from bvit_jax.storage import Storage, StoredParam, decode, layout, nest
+from bvit_jax.storage import Storage, StoredParam, layout
 from bvit_jax.vit import Vit
 
 DEFAULT_BATCH = 32
@@ -36,7 +37,7 @@ class MemoryUse:
     """Bytes of one call, as the compiler lays them out.
 
     Attributes:
-        packed: of the model's tensors, held throughout.
+        packed: of the model's tensors, held throughout; of reduced parameters, what they are decoded to.
         images: of one batch and its logits.
         working: activations and unpacked parameters, at their peak.
     """
@@ -67,10 +68,7 @@ class PackedModel:
         self.ledger: Ledger = packed.ledger
         self.digest: str = packed.digest
         params = layout(packed.config.model, packed.storage)
-        self._tree = nest(
-            (stored.path, {tensor.name: jnp.asarray(packed.arrays[tensor.name]) for tensor in stored.tensors})
-            for stored in params
-        )
+        self._tree = nest((stored.path, _held(stored, packed)) for stored in params)
 
     def __call__(self, images_nxHxWxc: Any, batch_size: int = DEFAULT_BATCH) -> np.ndarray:
         """Returns logits, float32 (n, C).
@@ -116,6 +114,14 @@ class PackedModel:
         return MemoryUse(packed, images_and_logits, found.temp_size_in_bytes)
 
 
+def _held(stored: StoredParam, packed: Packed) -> Any:
+    """Returns what of a parameter is held in memory: its tensors by name, or the parameter itself if it is reduced."""
+    arrays = {tensor.name: packed.arrays[tensor.name] for tensor in stored.tensors}
+    if stored.reduction is not None:
+        return decode(stored, arrays, packed.storage)
+    return jax.tree.map(jnp.asarray, arrays)
+
+
 def load(path: str | os.PathLike[str]) -> PackedModel:
     """Loads a packed file (`python -m experiments.export` writes one).
 
@@ -148,4 +154,10 @@ def _decoded(params: list[StoredParam], tree: Mapping[str, Any], storage: Storag
             place = place[folder]
         return place
 
-    return nest((stored.path, decode(stored, tensors(stored.path), storage)) for stored in params)
+    return nest(
+        (
+            stored.path,
+            decode(stored, tensors(stored.path), storage) if stored.reduction is None else tensors(stored.path),
+        )
+        for stored in params
+    )

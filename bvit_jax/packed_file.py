@@ -15,9 +15,13 @@ import numpy as np
 import safetensors.numpy
 
 from bvit_jax import file_format, files, memory
+from bvit_jax import storage as formats
 from bvit_jax.config import Config, from_dict
+from bvit_jax.encoding import Scales, encode
 from bvit_jax.memory import Ledger
-from bvit_jax.storage import NUMPY_DTYPE, Storage, as_trained, encode, layout
+from bvit_jax.model_config import ConfigError
+from bvit_jax.storage import Storage, as_trained, layout
+from bvit_jax.tensors import NUMPY_DTYPE
 
 LONGEST_MESSAGE = 600
 _FIELDS = {"config", "digest", "ledger", "storage", "version"}
@@ -50,19 +54,20 @@ class Packed:
     arrays: dict[str, np.ndarray]
 
 
-def pack(params: Any, config: Config, storage: Storage | None = None) -> bytes:
+def pack(params: Any, config: Config, storage: Storage | None = None, scales: Scales | None = None) -> bytes:
     """Returns the file of a trained model; the same input gives the same bytes.
 
     Args:
         params: as `vit.init_params`, trained or not.
         config: the run that they come from.
         storage: number formats; by default those that the model is trained with.
+        scales: as in `encoding.encode`.
 
     Raises:
         ValueError: for a parameter that is missing, unknown, of the wrong shape or not finite.
     """
     storage = storage or as_trained(config.model)
-    arrays = encode(params, config.model, storage)
+    arrays = encode(params, config.model, storage, scales)
     ledger = memory.ledger(config, storage)
     text = memory.metadata(config, storage, ledger)
     raw = safetensors.numpy.save(arrays, {file_format.METADATA_KEY: text})
@@ -72,9 +77,11 @@ def pack(params: Any, config: Config, storage: Storage | None = None) -> bytes:
     return raw.replace(file_format.NO_DIGEST.encode(), digest.encode(), 1)
 
 
-def write(path: Path, params: Any, config: Config, storage: Storage | None = None) -> Ledger:
+def write(
+    path: Path, params: Any, config: Config, storage: Storage | None = None, scales: Scales | None = None
+) -> Ledger:
     """Writes the file of a trained model, all or nothing, and returns its ledger; arguments as in `pack`."""
-    raw = pack(params, config, storage)
+    raw = pack(params, config, storage, scales)
     files.write_bytes(path, raw)
     return memory.ledger(config, storage)
 
@@ -169,8 +176,8 @@ def _configuration(content: dict[str, Any], size: int) -> tuple[Config, Storage]
     """Rebuilds configuration and storage, which may be anything."""
     try:
         config = from_dict(content["config"])
-        storage = Storage(**content["storage"])
-    except (ValueError, TypeError, AttributeError) as error:
+        storage = formats.from_dict(content["storage"])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise PackedFileError(f"its configuration cannot be used: {_gist(error)}") from None
     # Whatever a model has many of takes a byte each, so nothing larger is laid out.
     m = config.model
@@ -178,6 +185,10 @@ def _configuration(content: dict[str, Any], size: int) -> tuple[Config, Storage]
     rows = (m.grid[0] * m.grid[1] + 1) * m.top_k
     if largest > size or rows >= 2**31:
         raise PackedFileError(f"{size} bytes cannot hold a model with {max(largest, rows)} of anything")
+    try:
+        layout(config.model, storage)
+    except ConfigError as error:
+        raise PackedFileError(f"its configuration cannot be used: {_gist(error)}") from None
     return config, storage
 
 

@@ -4,11 +4,12 @@
     int2          w ~ s (q + 1/2), q in -2 .. 1: four levels, s = max |w| / 2
     ternary       w ~ s q, q in -1 .. 1, s = mean |w| (`bvit_jax.ternary`)
 
-The maximum and the mean run over the inputs of an output channel, and are 1e-5 at least. Integers and trits are packed
-per matrix (`bvit_jax.packing`). Axes: I inputs, O outputs, n stored elements a matrix; `...` any leading axes.
+The maximum and the mean run over the inputs of an output channel, and are 1e-5 at least; scales may also be given.
+Integers and trits are packed per matrix (`bvit_jax.packing`). Axes: I inputs, O outputs, n stored elements a matrix;
+`...` any leading axes.
 """
 
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 
 from bvit_jax import packing, ternary
 
+Array = TypeVar("Array", np.ndarray, jax.Array)
 Precision = Literal["float32", "bfloat16", "int8", "int4", "int2", "ternary"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 RouterPrecision = Literal["float32", "bfloat16", "int8", "int4"]
@@ -40,6 +42,13 @@ def width(inputs: int, outputs: int, precision: Precision, trits: TritPacking) -
     return packing.codes_width(count, _INT_BITS[precision])
 
 
+def numbers_a_byte(precision: Precision, trits: TritPacking) -> int:
+    """Numbers that a byte of a packed precision holds."""
+    if precision == "ternary":
+        return packing.TRITS_PER_BYTE if trits == "base3" else 4
+    return 8 // _INT_BITS[precision]
+
+
 def is_packed(precision: Precision) -> bool:
     """Whether matrices are stored as packed integers with scales, not as floats."""
     return precision not in ("float32", "bfloat16")
@@ -60,21 +69,32 @@ def levels(w_IxO: jax.Array, precision: Precision, kind: ternary.ScaleKind = "ro
         return ternary.ternarise(w_IxO, kind)
     bits = _INT_BITS[precision]
     largest = jnp.maximum(jnp.abs(w_IxO).max(axis=-2, keepdims=True), ternary.SCALE_FLOOR)
+    scale = largest / (2 if bits == 2 else 2 ** (bits - 1) - 1)
+    return levels_at(w_IxO, scale, precision), scale
+
+
+def levels_at(w_IxO: jax.Array, scale: jax.Array, precision: Precision) -> jax.Array:
+    """Rounds matrices to the integers of a packed precision at scales that are given, (..., 1, O) or (..., 1, 1).
+
+    Returns:
+        q, of the shape and dtype of `w_IxO`.
+    """
+    if precision == "ternary":
+        return jnp.clip(jnp.round(w_IxO / scale), -1, 1)
+    bits = _INT_BITS[precision]
     if bits == 2:
-        scale = largest / 2
-        return jnp.clip(jnp.floor(w_IxO / scale), -2, 1), scale
+        return jnp.clip(jnp.floor(w_IxO / scale), -2, 1)
     top = 2 ** (bits - 1) - 1
-    scale = largest / top
-    return jnp.clip(jnp.round(w_IxO / scale), -top, top), scale
+    return jnp.clip(jnp.round(w_IxO / scale), -top, top)
 
 
-def from_levels(q_IxO: jax.Array, scale: jax.Array, precision: Precision) -> jax.Array:
+def from_levels(q_IxO: Array, scale: Array, precision: Precision) -> Array:
     """Returns the matrices that `levels` stand for, dtype of `scale`."""
     q_IxO = q_IxO.astype(scale.dtype)
     return scale * (q_IxO + 0.5 if precision == "int2" else q_IxO)
 
 
-def pack(q_IxO: jax.Array, precision: Precision, trits: TritPacking) -> np.ndarray:
+def pack(q_IxO: jax.Array | np.ndarray, precision: Precision, trits: TritPacking) -> np.ndarray:
     """Packs the integers of `levels`, (..., I, O), matrix by matrix: uint8 (..., n)."""
     flat = np.asarray(q_IxO).reshape(*q_IxO.shape[:-2], -1)
     if precision == "ternary":

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from bvit_jax import memory, packed, packed_file, storage, trained, vit
+from bvit_jax import encoding, memory, packed, packed_file, trained, vit
 from bvit_jax.model_config import ConfigError, require
 from experiments import entry, storage_flags, tables
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     shape = (CHECK_IMAGES, m.image_size, m.image_size, m.channels)
     noise = np.random.default_rng(0).random(shape, np.float32)
     loaded = packed.load(out)
-    wanted, _ = vit.apply(m.deployed(), storage.as_stored(params, m, chosen), jnp.asarray(noise))
+    wanted, _ = vit.apply(m.deployed(), encoding.as_stored(params, m, chosen), jnp.asarray(noise))
     difference = float(np.abs(loaded(noise) - np.asarray(wanted)).max())
 
     standard = memory.standard_ledger(config)

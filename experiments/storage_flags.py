@@ -18,6 +18,7 @@ def _define(name: str, of: str, choices: Any, default: str) -> flags.FlagHolder[
 _FORMATS = {
     "router": _define("router", "the router's weights", precision.RouterPrecision, "as trained"),
     "backbone": _define("backbone", "the kernels of attention, patches and head", BackbonePrecision, "float32"),
+    "ends": _define("ends", "the kernels of patches and head", BackbonePrecision, "as the backbone"),
     "experts": _define(
         "experts_format",
         "stored experts, dense FFNs and the projection of the reference form, where there are such",
@@ -51,4 +52,8 @@ def describe(storage: Storage, model: ModelConfig) -> str:
     aside = model.has_ternary_experts and storage.experts != "float32"
     parts += [f"dense matrices {storage.experts}"] if aside else []
     parts += [f"backbone {storage.backbone}"] if storage.backbone != "float32" else []
+    parts += [f"patches and head {storage.ends}"] if storage.ends not in (None, storage.backbone) else []
+    reduced = storage.reductions
+    named = {"maps as factors": reduced.ranks, "pruned": reduced.kept, "experts merged": reduced.groups}
+    parts += [name for name, found in named.items() if found]
     return ", ".join(parts + (["2 bits a trit"] if storage.trits != "base3" else []))

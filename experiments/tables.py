@@ -43,7 +43,7 @@ def memory_line(use: MemoryUse) -> str:
     """Says what a call took by the compiler's account, and the whole process by the system's."""
     unit = 1024 if sys.platform == "linux" else 1  # of ru_maxrss, in bytes
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    parts = {"packed model": use.packed, "working": use.working, "images": use.images}
+    parts = {"model": use.packed, "working": use.working, "images": use.images}
     listed = ", ".join(f"{name} {megabytes(number)}" for name, number in parts.items())
     return f"peak memory {megabytes(use.peak)} MB: {listed}; the process with Python and JAX: {megabytes(process)} MB"
 

@@ -6,6 +6,7 @@ import pytest
 
 from bvit_jax import components, memory, packed_file, vit
 from bvit_jax.config import Config, resolve
+from bvit_jax.reductions import Reductions
 from bvit_jax.storage import Storage
 from configs import paper
 from tests.conftest import KINDS, make_config
@@ -119,6 +120,8 @@ FFN = {
         "projection": 2 * 16 * 8,
         "ffn_bias": 2 * 8,
     },
+    # Two matrices of 128, and of each of 4 experts, of rank 4, 4 x (8 + 16) numbers for either.
+    ("low_rank", "separate"): {"experts": 2 * 2 * (128 + 4 * 96), "ffn_bias": 2 * (16 + 8), "router": 2 * 32},
 }
 # 128 trits at 5 a byte are 25.6, so 26 bytes a matrix.
 PACKED = {
@@ -135,6 +138,7 @@ PAPER = {
     ("butterfly", "separate"): {"prototype": 2 * 2 * 25.28, "angles": 2 * 2 * 96 * 4},
     ("butterfly", "tied"): {"prototype": 2 * 25.28, "angles": 2 * 96 * 4},
     ("butterfly", "reference"): {"prototype": 2 * 25.28, "angles": 2 * 96 * 4},
+    ("low_rank", "separate"): {"experts": 2 * 2 * (128 + 4 * 96) * 4},
 }
 
 
@@ -345,7 +349,10 @@ def test_the_router_by_format(router, size):
     assert rows_of(small("standard", router_precision=router))["router"].bytes_full == 2 * size
 
 
-@pytest.mark.parametrize(("backbone", "number", "scale"), [("float32", 4, 0), ("bfloat16", 2, 0), ("int8", 1, 4)])
+@pytest.mark.parametrize(
+    ("backbone", "number", "scale"),
+    [("float32", 4, 0), ("bfloat16", 2, 0), ("int8", 1, 4), ("int4", 0.5, 4), ("int2", 0.25, 4)],
+)
 def test_the_backbone_by_format(backbone, number, scale):
     # Kernels: attention 2 x 4 x 64, patches 16 x 8, head 8 x 10. Scales: 8 a projection, 8, 10. The rest is float32.
     rows = rows_of(small("butterfly"), Storage(backbone=backbone))
@@ -353,6 +360,90 @@ def test_the_backbone_by_format(backbone, number, scale):
     assert rows["embeddings"].bytes_full == 128 * number + 8 * scale + (8 + 8 + 40) * 4
     assert rows["head"].bytes_full == 80 * number + 10 * scale + 10 * 4
     assert rows["norms"].bytes_full == 4 * 80
+
+
+def test_the_ends_by_format():
+    # As above: patches 16 x 8 and the head 8 x 10 in a byte each, attention in a quarter of one.
+    rows = rows_of(small("butterfly"), Storage(backbone="int2", ends="int8"))
+    assert rows["attention"].bytes_full == 2 * 4 * (16 + 8 * 4 + 8 * 4)
+    assert rows["embeddings"].bytes_full == 128 + 8 * 4 + (8 + 8 + 40) * 4
+    assert rows["head"].bytes_full == 80 + 10 * 4 + 10 * 4
+
+
+UP, QUERY, FFN_PATH = (
+    "segment_0/block_0/ffn/up/kernel",
+    "segment_0/block_0/attention/query/kernel",
+    "segment_0/block_0/ffn",
+)
+
+
+def differences(family, storage, **reductions):
+    """Rows that a reduction changes: by how many numbers, bytes of the formula and bytes of the file."""
+    config = small(family)
+    found = Reductions(**{name: tuple(each.items()) for name, each in reductions.items()})
+    before, after = rows_of(config, storage), rows_of(config, dataclasses.replace(storage, reductions=found))
+    none = memory.Row("", 0, 0.0, 0)
+    return {
+        name: tuple(
+            getattr(after.get(name, none), field) - getattr(before.get(name, none), field)
+            for field in ("params", "bytes_paper", "bytes_full")
+        )
+        for name in before | after
+        if before.get(name) != after.get(name)
+    }
+
+
+def test_factors_by_hand():
+    # Of 2 matrices of 8 x 16 = 128 the first is of rank 3, 3 x (8 + 16) = 72 numbers; the second is whole.
+    ranks = {UP: (3, 8), QUERY: (0, 1)}
+    # Attention: 8 x 8 = 64 each; nothing, and 8 + 8 = 16.
+    floats = differences("dense", Storage(), ranks=ranks)
+    assert floats == {"ffn": (-56, -224, -224), "attention": (16 - 128, 0, 4 * (16 - 128))}
+    # int4: half a byte each; a scale for each of the 3 columns of the first factor beside the 16 of the second.
+    codes = differences("dense", Storage(experts="int4", backbone="int4"), ranks=ranks)
+    # Attention's scales are its own: 8 of the factor without a row, and 1 + 8, in place of 8 and 8.
+    assert codes == {
+        "ffn": (-56, -28, -28),
+        "scales": (0, 0, 3 * 4),
+        "attention": (-112, 0, -56 + (8 + 1 + 8 - 16) * 4),
+    }
+
+
+def test_kept_weights_by_hand():
+    # 100 of 2 x 128 weights, and 256 bits; 5 of attention's 2 x 64, and 128 bits.
+    found = differences("dense", Storage(), kept={UP: 100, QUERY: 5})
+    assert found == {"ffn": (-156, -624, -624), "attention": (-123, 0, -492), "index": (0, 0, 32 + 16)}
+    found = differences("dense", Storage(experts="bfloat16"), kept={UP: 100})
+    assert found == {"ffn": (-156, -312, -312), "index": (0, 0, 32)}
+
+
+@pytest.mark.parametrize(("experts", "matrix", "scale", "bits"), [("float32", 512, 0, 32), ("int2", 32, 4, 2)])
+def test_merged_experts_by_hand(experts, matrix, scale, bits):
+    # 3 of 4 experts in either of 2 layers: 2 fewer of 2 x 128 weights, 16 + 8 biases and as many scales.
+    found = differences("standard", Storage(experts=experts), groups={FFN_PATH: ((0, 1, 2, 0), (0, 0, 1, 2))})
+    assert found.pop("scales", (0, 0, 0)) == (0, 0, -2 * 24 * scale)
+    assert found == {"experts": (-512, -512 * bits / 8, -4 * matrix), "ffn_bias": (-48, 0, -48 * 4)}
+
+
+def test_merged_ternary_experts_by_hand():
+    found = differences("ternary", Storage(experts="int8"), groups={FFN_PATH: ((0, 0, 0, 0), (0, 0, 0, 0))})
+    # One of 4: 6 fewer, each 2 x 26 bytes of trits and 24 scales.
+    assert found["experts"] == (-6 * 256, pytest.approx(-6 * 2 * 25.28), -6 * 52)
+    assert found["scales"] == (0, 0, -6 * 24 * 4)
+    assert found["ffn_bias"] == (-6 * 24, 0, -6 * 24 * 4)
+    assert found.keys() == {"experts", "scales", "ffn_bias"}
+
+
+def test_a_reduced_mixture_is_counted_with_its_index():
+    kept = (("segment_0/block_0/ffn/up_kernel", 10), (QUERY, 1))
+    config = small("standard")
+    found = ledger(config, Storage(reductions=Reductions(kept=kept)))
+    # Of 2 x 4 x 128 weights 10 are kept, and 1,024 bits; attention's are not the mixture's.
+    assert found.bytes_full_ffn - ledger(config).bytes_full_ffn == (10 - 1024) * 4 + 128
+    index = next(row for row in found.rows if row.component == "index")
+    assert index.bytes_full == 128 + 16
+    names = [row.component for row in found.rows]
+    assert names == [name for name in ("index", *components.COMPONENTS, "header") if name in names]
 
 
 def test_two_bits_a_trit():
@@ -385,6 +476,21 @@ def test_dense_layers_beside_the_mixtures_are_in_the_file_but_not_in_the_mixture
         assert tensors_of(second) - tensors_of(every) == 4 * (2 * 128 + 24) - every.bytes_full_ffn / 2
 
 
+@pytest.mark.parametrize(("experts", "own", "scales"), [("float32", 4, 0), ("int8", 1, 4)])
+def test_low_rank_experts_add_four_thin_matrices_each(experts, own, scales):
+    # d_model 4, d_ff 8, 2 experts of rank 1, 2 layers. Shared: 2 x 4 x 8 = 64 weights; an expert: 2 x (4 + 8) = 24.
+    # Scales, one an output: shared 8 + 4 = 12, of an expert 1 + 8 up and 1 + 4 down, 14.
+    changes = {"d_model": 4, "d_ff": 8, "num_stages": 1, "rank": 1}
+    two, three = (ledger(small("low_rank", num_experts=n, **changes), Storage(experts=experts)) for n in (2, 3))
+    rows = {row.component: row for row in two.rows}
+    assert (rows["experts"].params, rows["experts"].bytes_full) == (2 * (64 + 2 * 24), 2 * (64 + 2 * 24) * own)
+    assert rows["experts"].bytes_paper == rows["experts"].bytes_full
+    assert (rows["scales"].bytes_full if scales else 0) == 2 * (12 + 2 * 14) * scales
+    # 8 + 4 biases and a router of 4 x 2 beside them; a third expert adds its own and a column of the router.
+    assert two.bytes_full_ffn == 2 * ((64 + 48) * own + (12 + 28) * scales + 12 * 4 + 8 * 4)
+    assert three.bytes_full_ffn - two.bytes_full_ffn == 2 * (24 * own + 14 * scales + 4 * 4)
+
+
 def test_the_header_states_its_own_size():
     found = ledger(small("butterfly"))
     assert found.rows[-1].component == "header"
@@ -396,4 +502,4 @@ def test_the_header_states_its_own_size():
 
 def test_the_file_in_the_papers_setting_has_the_bytes_counted(key):
     config = resolve(paper.get_config("butterfly,64,tied").to_dict())
-    assert len(packed_file.pack(vit.init_params(config.model, key), config)) == ledger(config).bytes_full == 8_746_979
+    assert len(packed_file.pack(vit.init_params(config.model, key), config)) == ledger(config).bytes_full == 8_747_059

@@ -13,9 +13,10 @@ import numpy as np
 import oracles
 import pytest
 
-from bvit_jax import components, memory, packed, packed_file, storage, vit
+from bvit_jax import components, encoding, memory, packed, packed_file, storage, vit
 from bvit_jax.config import Config
 from bvit_jax.storage import Storage
+from tests import reduced
 from tests.conftest import KINDS, make_config
 
 # Sides that are no powers of two; images of 8 x 8 x 1 in 4 patches.
@@ -104,6 +105,8 @@ STORED: list[tuple[dict[str, Any], Storage]] = [
     ({"family": "standard"}, Storage(experts="int4", router="int4", backbone="int8")),
     ({"family": "standard"}, Storage(experts="ternary", router="bfloat16", trits="2bit")),
     ({"family": "standard"}, Storage(experts="int2")),
+    ({"family": "low_rank", "moe_layers": "1"}, Storage(experts="int8", router="int8", backbone="int8")),
+    ({"family": "low_rank", "rank": 1}, Storage(experts="int4")),
     ({"family": "ternary", "moe_layers": "1"}, Storage(experts="int4", router="int4", backbone="int8", trits="2bit")),
     ({"form": "tied"}, Storage(4, "int4", backbone="int8")),
     ({"form": "separate"}, Storage(6, "int8", trits="2bit")),
@@ -123,10 +126,30 @@ def test_stored_in_fewer_bits_it_gives_the_logits_of_the_rounded_parameters(
     as_it_is = dataclasses.replace(config.model, ternary_scale="none", angle_bits=32, router_precision="float32")
     assert config.model.deployed() == as_it_is
     deployed = dataclasses.replace(config, model=as_it_is)
-    expected = logits_of(deployed, storage.as_stored(params, config.model, stored_as), images)
+    expected = logits_of(deployed, encoding.as_stored(params, config.model, stored_as), images)
     are_equal_logits(pack(params, config, stored_as)(images, 3), expected)
     # The test would not see much if it came to the same.
     assert np.abs(expected - logits_of(config, params, images)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "name"),
+    [
+        ("factored", "standard", "int8"),
+        ("pruned", "dense", "bfloat16"),
+        ("merged", "standard", "int4"),
+    ],
+)
+def test_a_reduced_model_gives_the_logits_of_the_reduced_parameters(
+    kind: str, family: str, name: Any, tmp_path: Path
+) -> None:
+    config = reduced.config_of(family)
+    leaves, stored_as = reduced.reduced(config.model, kind, name)
+    params, images = reduced.tree_of(leaves), random_images(config)
+    packed_file.write(tmp_path / "model", params, config, stored_as)
+    deployed = dataclasses.replace(config, model=config.model.deployed())
+    expected = logits_of(deployed, encoding.as_stored(params, config.model, stored_as), images)
+    are_equal_logits(packed.load(tmp_path / "model")(images, 3), expected)
 
 
 @pytest.mark.parametrize(("family", "form"), KINDS)
@@ -232,7 +255,9 @@ def test_memory_counts_the_packed_tensors() -> None:
     assert model.memory(1).working < model.memory(64).working
 
 
-@pytest.mark.parametrize(("family", "form"), [(kind, "tied") for kind in ("dense", "standard", "ternary", "butterfly")])
+@pytest.mark.parametrize(
+    ("family", "form"), [(kind, "tied") for kind in ("dense", "standard", "ternary", "butterfly", "low_rank")]
+)
 def test_working_memory_does_not_grow_with_the_layers(family: str, form: str) -> None:
     # Sides large enough that the parameters of a layer, once unpacked, outweigh the activations of an image.
     changes = {"d_model": 64, "d_ff": 128, "num_experts": 8, "num_heads": 2}

@@ -69,11 +69,12 @@ def test_the_same_run_gives_the_same_bytes_and_other_formats_other_ones(run, mod
     assert start("experiments.export", f"--workdir={run}", f"--out={again}", "--angle_bits=8").returncode == 0
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
     assert hashlib.sha256(again.read_bytes()).hexdigest() == digest
-    formats = ["--router=int4", "--backbone=int8", "--trits=2bit"]
+    formats = ["--router=int4", "--backbone=int8", "--ends=bfloat16", "--trits=2bit"]
     assert start("experiments.export", f"--workdir={run}", f"--out={small}", *formats).returncode == 0
     assert small.stat().st_size < again.stat().st_size / 1.5
     storage = packed.load(small).storage
     assert (storage.angle_bits, storage.router, storage.backbone, storage.trits) == (6, "int4", "int8", "2bit")
+    assert storage.ends == "bfloat16"
 
 
 def test_the_file_scores_as_the_run_did(run, model, tmp_path):

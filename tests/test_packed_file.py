@@ -18,10 +18,13 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bvit_jax import file_format, memory, packed_file, vit
+from bvit_jax import file_format, memory, packed_file, reductions, vit
 from bvit_jax.config import Config
+from bvit_jax.encoding import encode
 from bvit_jax.packed_file import PackedFileError
-from bvit_jax.storage import NUMPY_DTYPE, Storage, encode, layout
+from bvit_jax.storage import Storage, layout
+from bvit_jax.tensors import NUMPY_DTYPE
+from tests import reduced
 from tests.conftest import KINDS, make_config
 
 # As small as a model gets: one layer, one patch, 4 channels, 2 experts.
@@ -179,7 +182,7 @@ def test_the_ledger_counts_the_file_and_plain_safetensors_reads_it(
 def test_the_metadata_says_what_the_file_holds() -> None:
     config, content = small(), content_of(original())
     assert set(content) == {"config", "digest", "ledger", "storage", "version"}
-    assert content["version"] == 2
+    assert content["version"] == 3
     assert content["config"] == config.to_dict()
     assert content["storage"] == {
         "angle_bits": 16,
@@ -187,6 +190,8 @@ def test_the_metadata_says_what_the_file_holds() -> None:
         "experts": "float32",
         "backbone": "float32",
         "trits": "base3",
+        "ends": None,
+        "reductions": {"ranks": {}, "kept": {}, "groups": {}},
     }
     assert content["ledger"] == memory.ledger(config, STORED_AS).to_dict()
     assert content["ledger"]["bytes_full"] == len(original())
@@ -303,6 +308,49 @@ def test_packed_arrays_are_read_once_and_for_all(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, again.arrays[name])
 
 
+# Reduced models
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "name"),
+    [
+        ("factored", "dense", "float32"),
+        ("factored", "butterfly", "int4"),
+        ("pruned", "low_rank", "bfloat16"),
+        ("merged", "ternary", "int8"),
+    ],
+)
+def test_the_ledger_counts_the_file_of_a_reduced_model(kind: str, family: str, name: Any) -> None:
+    config = reduced.config_of(family)
+    leaves, stored_as = reduced.reduced(config.model, kind, name)
+    params = reduced.tree_of(leaves)
+    raw = packed_file.pack(params, config, stored_as)
+    ledger = memory.ledger(config, stored_as)
+    assert len(raw) == ledger.bytes_full == sum(row.bytes_full for row in ledger.rows)
+    found = packed_file.unpack(raw)
+    assert (found.config, found.storage, found.ledger) == (config, stored_as, ledger)
+    arrays = encode(params, config.model, stored_as)
+    assert found.arrays.keys() == arrays.keys()
+    for tensor, array in arrays.items():
+        assert (found.arrays[tensor].dtype, found.arrays[tensor].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(found.arrays[tensor], array)
+    # What is not stored is not counted.
+    as_it_is = memory.ledger(config, dataclasses.replace(stored_as, reductions=reductions.NONE))
+    assert ledger.params < as_it_is.params == sum(leaf.size for leaf in leaves.values())
+
+
+def test_scales_that_are_given_are_in_the_file(tmp_path: Path) -> None:
+    config = reduced.config_of("standard")
+    leaves, _ = reduced.reduced(config.model, "merged", "float32")
+    params, path, stored_as = reduced.tree_of(leaves), f"{reduced.FFN}/up_kernel", Storage(experts="int4")
+    scales = {path: np.random.default_rng(0).uniform(0.1, 0.2, (2, 3, 6)).astype(np.float32)}
+    ledger = packed_file.write(tmp_path / "model", params, config, stored_as, scales)
+    raw = (tmp_path / "model").read_bytes()
+    assert raw == packed_file.pack(params, config, stored_as, scales)
+    assert len(raw) == ledger.bytes_full == len(packed_file.pack(params, config, stored_as))
+    np.testing.assert_array_equal(packed_file.unpack(raw).arrays[f"{path}.scale"], scales[path])
+
+
 # Damage
 
 
@@ -389,7 +437,7 @@ def test_errors_of_reading_name_the_file(wide: bool, tmp_path: Path) -> None:
         b"text, not a model": "its header does not end",
         original()[:-1]: "damaged: its digest is",
         original()[:100]: "its header does not end",
-        swapped(b'\\"version\\":2', b'\\"version\\":1'): "format version 1; this library reads 2",
+        swapped(b'\\"version\\":3', b'\\"version\\":2'): "format version 2; this library reads 3",
         swapped(b'"dtype":"U8"', b'"dtype":"I8"'): "wanted: U8",
     }.items():
         path.write_bytes(content)
@@ -411,13 +459,13 @@ def test_files_of_others_are_refused() -> None:
 # Files whose digest is right: only the check in question is left to find what is wrong.
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, -2, "2", True, None, [], {}, 1.5, pytest.param(7**500, id="huge")])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, -3, "3", True, None, [], {}, 1.5, pytest.param(7**500, id="huge")])
 def test_other_versions_are_refused(version: object) -> None:
-    is_refused(with_content(lambda content: content.update(version=version)), "format version .*; this library reads 2")
+    is_refused(with_content(lambda content: content.update(version=version)), "format version .*; this library reads 3")
 
 
 def test_a_version_that_equals_it_is_not_the_text_that_is_written() -> None:
-    is_refused(with_content(lambda content: content.update(version=2.0)), NOT_AS_WRITTEN)
+    is_refused(with_content(lambda content: content.update(version=3.0)), NOT_AS_WRITTEN)
 
 
 def test_other_versions_may_have_other_fields() -> None:
@@ -611,10 +659,74 @@ def test_what_is_no_configuration_is_refused(value: object) -> None:
 
 @pytest.mark.parametrize("value", [None, 1, True, [], "text", [1], ["angle_bits"], [["angle_bits", 8]]])
 def test_what_is_no_storage_is_refused(value: object) -> None:
-    if value != []:
-        is_refused(with_content(lambda content: content.update(storage=value)), "its configuration cannot be used")
-    is_refused(with_content(lambda content: content.update(storage={"angle_bits": value})), "storage.angle_bits")
-    is_refused(with_content(lambda content: content.update(storage={"trits": value})), "storage.trits")
+    is_refused(with_content(lambda content: content.update(storage=value)), "its configuration cannot be used")
+    is_refused(with_content(lambda content: content["storage"].update(angle_bits=value)), "storage.angle_bits")
+    is_refused(with_content(lambda content: content["storage"].update(trits=value)), "storage.trits")
+    if value is not None:
+        is_refused(with_content(lambda content: content["storage"].update(ends=value)), "storage.ends")
+
+
+OUT, FFN = "segment_0/block_0/attention/out/kernel", "segment_0/block_0/ffn"
+
+
+@pytest.mark.parametrize("field", ["ranks", "kept", "groups"])
+def test_reductions_of_wrong_types_are_refused(field: str) -> None:
+    def change(content: dict[str, Any], value: object) -> None:
+        content["storage"]["reductions"][field] = value
+
+    wrong = [None, 1, True, [], "text", [1], [["a", 1]], 7**500, float("nan")]
+    for each in wrong:
+        is_refused(with_content(lambda content, each=each: change(content, each)), "its configuration cannot be used")
+    for each in (*wrong, -1, 0.5, [-1], ["1"], [True], [[1.0]], [["1"]], [[True]], [[None]], {}, {"1": 1}, "\ud800"):
+        for path in (OUT, FFN, "two\nlines", "\ud800"):
+            raw = with_content(lambda content, each=each, path=path: change(content, {path: each}))
+            fits = path == OUT and (field, each) in (("ranks", [1]), ("kept", 1))
+            if not fits:
+                is_refused(raw, "its configuration cannot be used")
+
+
+def test_reductions_that_are_not_whole_are_refused() -> None:
+    for change in (
+        lambda content: content["storage"].pop("reductions"),
+        lambda content: content["storage"].update(reductions=None),
+        lambda content: content["storage"].update(reductions=[]),
+        lambda content: content["storage"].update(reductions={}),
+        lambda content: content["storage"]["reductions"].pop("kept"),
+        lambda content: content["storage"]["reductions"].update(more={}),
+    ):
+        is_refused(with_content(change), "its configuration cannot be used")
+
+
+@pytest.mark.parametrize(
+    ("reductions", "match"),
+    [
+        ({"ranks": {OUT: [5]}}, "rank of .* = 5: it must be such that factors are fewer numbers than"),
+        ({"ranks": {OUT: [7**500]}}, "rank of "),
+        ({"ranks": {OUT: [1, 1]}}, "ranks of .* = 2: it must be 1, one a matrix"),
+        ({"ranks": {OUT: []}}, "ranks of .* = 0: it must be 1, one a matrix"),
+        ({"kept": {OUT: 17}}, "kept weights of .* = 17: it must be at most 16"),
+        ({"kept": {OUT: 10**18}}, "kept weights of "),
+        ({"ranks": {OUT: [1]}, "kept": {OUT: 1}}, "it must be reduced in one way"),
+        ({"kept": {"head/kernel": 1}}, "it must be a kernel of a layer of the model"),
+        ({"groups": {FFN: [[0, 0]]}}, "it must be a mixture of stored experts of the model"),
+        # They fit, but the file is that of a model without.
+        ({"ranks": {OUT: [1]}}, "bytes; the model in its header takes"),
+        ({"kept": {OUT: 3}}, "bytes; the model in its header takes"),
+    ],
+)
+def test_reductions_that_the_model_cannot_have_are_refused(reductions: dict[str, Any], match: str) -> None:
+    is_refused(with_content(lambda content: content["storage"]["reductions"].update(reductions)), match)
+
+
+@pytest.mark.parametrize(
+    "groups", [[], [[]], [[0]], [[0, 1], [0, 1]], [[1, 0]], [[0, 2]], [[0, 10**15]], [[0, 7**500]]]
+)
+def test_groups_that_the_model_cannot_have_are_refused(groups: list[list[int]]) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["config"] = small("standard", "separate").to_dict()
+        content["storage"]["reductions"]["groups"] = {FFN: groups}
+
+    is_refused(with_content(change), "groups of ")
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(small().model)])
@@ -703,7 +815,13 @@ def test_a_header_that_is_something_else_is_refused(text: bytes) -> None:
     is_refused(len(text).to_bytes(8, "little") + text, "not a packed model")
 
 
-@pytest.mark.parametrize("field", ['"version":2', '"angle_bits":16', '"total_steps":6', '"trits":"base3"', '"family":'])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *('"version":3', '"angle_bits":16', '"total_steps":6', '"trits":"base3"', '"family":'),
+        *('"ranks":{}', '"kept":{}', '"groups":{}', '"reductions":', '"ends":null'),
+    ],
+)
 def test_deeply_nested_metadata_is_refused(field: str) -> None:
     text = json.dumps(content_of(unsealed(original())), sort_keys=True, separators=(",", ":"))
     assert field in text

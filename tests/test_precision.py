@@ -91,6 +91,31 @@ def test_levels_by_hand(name: precision.Precision, column: list[float], integers
     np.testing.assert_allclose(scales, [[[scale, one]], [[10 * scale, 10 * one]]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "integers"),
+    [
+        # Over s = 2, and over s = 0.5: -600, -7, -1, -0.9, 0, 1, 3, 6, 600 by 2 are -300, -3.5, -0.5, -0.45, 0, 0.5,
+        # 1.5, 3, 300; by a half -1200, -14, -2, -1.8, 0, 2, 6, 12, 1200. Halves go to even; what is too large is cut.
+        ("int8", ([-127, -4, 0, 0, 0, 0, 2, 3, 127], [-127, -14, -2, -2, 0, 2, 6, 12, 127])),
+        ("int4", ([-7, -4, 0, 0, 0, 0, 2, 3, 7], [-7, -7, -2, -2, 0, 2, 6, 7, 7])),
+        ("int2", ([-2, -2, -1, -1, 0, 0, 1, 1, 1], [-2, -2, -2, -2, 0, 1, 1, 1, 1])),
+        ("ternary", ([-1, -1, 0, 0, 0, 0, 1, 1, 1], [-1, -1, -1, -1, 0, 1, 1, 1, 1])),
+    ],
+)
+def test_levels_at_given_scales_by_hand(name: precision.Precision, integers: tuple[list[int], list[int]]) -> None:
+    w = np.array([-600, -7, -1, -0.9, 0, 1, 3, 6, 600], np.float32)[:, None].repeat(2, axis=1)
+    found = precision.levels_at(jnp.asarray(w), jnp.array([[2.0, 0.5]]), name)
+    assert (found.shape, found.dtype) == (w.shape, jnp.float32)
+    np.testing.assert_array_equal(found, np.array(integers).T)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_levels_at_their_own_scales_are_the_levels(name: precision.Precision) -> None:
+    w = jnp.asarray(random(4, (2, 7, 4)))
+    found, scale = precision.levels(w, name)
+    np.testing.assert_array_equal(precision.levels_at(w, scale, name), found)
+
+
 def test_values_by_hand() -> None:
     def values(name: precision.Precision, *integers: float) -> np.ndarray:
         return np.asarray(precision.from_levels(jnp.array([integers]).T, jnp.array([[2.0]]), name))[:, 0]

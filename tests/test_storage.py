@@ -1,139 +1,25 @@
 import dataclasses
-import functools
+import json
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import oracles
 import pytest
 
-from bvit_jax import components, storage, vit
+from bvit_jax import storage
 from bvit_jax.model_config import ConfigError, ModelConfig
+from bvit_jax.reductions import Reductions
 from bvit_jax.storage import Storage
-from tests.conftest import KINDS, make_model
+from tests.conftest import make_model
 
 # Sides that are no powers of two, 2 heads of 3 channels, 3 experts; images of 8 x 8 x 1 in 4 patches.
 SMALL = {"d_model": 6, "d_ff": 10, "num_heads": 2, "patch_size": 4, "num_experts": 3, "num_stages": 2, "num_layers": 2}
-STORAGES = {
-    "floats": Storage(),
-    "halves": Storage(16, "bfloat16", "bfloat16", "float32", "2bit"),
-    "bytes": Storage(8, "int8", "int8", "int8", "base3"),
-    "six bits": Storage(6, "int8", "int4", "bfloat16", "2bit"),
-    "least": Storage(4, "int4", "int2", "int8", "base3"),
-    "ternary": Storage(4, "int4", "ternary", "int8", "2bit"),
-}
-MODELS: dict[str, dict[str, Any]] = {" ".join(kind): {"family": kind[0], "form": kind[1]} for kind in KINDS} | {
-    "every second layer": {"num_layers": 5, "moe_layers": "second"},
-    "two segments of mixtures": {"num_layers": 4, "moe_layers": "1,2,3", "form": "tied", "d_model": 9, "num_heads": 3},
-    "scale per tensor": {"ternary_scale": "tensor", "form": "reference"},
-    "ternary experts, every second layer": {"family": "ternary", "num_layers": 3, "moe_layers": "second"},
-    "ternary experts, scale per tensor": {"family": "ternary", "ternary_scale": "tensor"},
-    "ternary experts, no scale": {"family": "ternary", "ternary_scale": "none"},
-    "no scale": {"ternary_scale": "none", "form": "reference"},
-    "rounded in training": {"angle_bits": 6, "router_precision": "int4", "form": "tied"},
-}
-CASES = [
-    (model, name)
-    for model in MODELS
-    for name in STORAGES
-    if name in ("halves", "least") or model == "butterfly separate"
-]
-CASES += [("standard separate", name) for name in ("bytes", "six bits", "ternary")] + [("rounded in training", "bytes")]
-CASES += [
-    ("dense separate", "ternary"),
-    ("scale per tensor", "ternary"),
-    ("butterfly reference", "six bits"),
-    ("butterfly tied", "floats"),
-]
 
 
 def small(**changes: object) -> ModelConfig:
     return make_model(**SMALL | changes)
 
 
-def random_params(model: ModelConfig, seed: int = 0) -> Any:
-    """Draws every parameter anew, angles over several turns; channels differ in size."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if components.component_of(components.path_of(path)) == "angles":
-            return jnp.asarray(rng.uniform(-10, 10, leaf.shape), leaf.dtype)
-        return jnp.asarray(rng.normal(size=leaf.shape) * np.exp(rng.normal(size=leaf.shape[-1])) / 3, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, vit.param_shapes(model))
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    return {components.path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2), compiler_options={"xla_backend_optimization_level": 0})
-def decode_all(arrays: dict[str, jax.Array], model: ModelConfig, stored_as: Storage) -> dict[str, jax.Array]:
-    return {stored.path: storage.decode(stored, arrays, stored_as) for stored in storage.layout(model, stored_as)}
-
-
-def precision_of(path: str, model: ModelConfig, stored_as: Storage) -> str:
-    """The format of a parameter that is no angles, from its name."""
-    name = path.split("/ffn/")[-1]
-    if name.endswith("prototype") or (model.family == "ternary" and name in ("up_kernel", "down_kernel")):
-        return "float32" if model.ternary_scale == "none" else "ternary"
-    if name == "router/kernel":
-        return stored_as.router
-    if name in ("up_kernel", "down_kernel", "up/kernel", "down/kernel", "projection/kernel"):
-        return stored_as.experts
-    if path.endswith("kernel"):
-        return stored_as.backbone
-    return "float32"
-
-
-def as_matrices(path: str, values: np.ndarray) -> np.ndarray:
-    """Kernels of attention, (L, D, heads, channels) or, for `out`, (L, heads, channels, D), to (L, I, O)."""
-    if path.endswith(("query/kernel", "key/kernel", "value/kernel")):
-        layers, inputs, heads, channels = values.shape
-        return values.reshape(layers, inputs, heads * channels)
-    if path.endswith("attention/out/kernel"):
-        layers, heads, channels, outputs = values.shape
-        return values.reshape(layers, heads * channels, outputs)
-    return values
-
-
-def expected_value(path: str, values: np.ndarray, model: ModelConfig, stored_as: Storage) -> np.ndarray:
-    """Rounds one parameter, first as in training, then as stored."""
-    if path.endswith("_angles"):
-        return oracles.round_angles(oracles.round_angles(values, model.angle_bits), stored_as.angle_bits)
-    precision = precision_of(path, model, stored_as)
-    if path.endswith("router/kernel") and model.router_precision != precision:
-        values = oracles.round_matrices(values, model.router_precision)
-    if precision == "float32":
-        return values
-    kind = model.ternary_scale if path.endswith(("prototype", "up_kernel", "down_kernel")) else "row"
-    return oracles.round_matrices(as_matrices(path, values), precision, kind).reshape(values.shape)
-
-
 # Layout
-
-
-@pytest.mark.parametrize(("model", "name"), CASES)
-def test_layout_lists_what_encode_makes(model: str, name: str) -> None:
-    config, stored_as = small(**MODELS[model]), STORAGES[name]
-    params = random_params(config)
-    arrays = storage.encode(params, config, stored_as)
-    tensors = [tensor for stored in storage.layout(config, stored_as) for tensor in stored.tensors]
-    assert [tensor.name for tensor in tensors] == list(arrays)
-    for tensor in tensors:
-        array = arrays[tensor.name]
-        assert array.dtype == storage.NUMPY_DTYPE[tensor.dtype], tensor
-        assert (array.shape, array.nbytes) == (tensor.shape, tensor.nbytes), tensor
-    leaves = flat(params)
-    assert [stored.path for stored in storage.layout(config, stored_as)] == list(leaves)
-    for stored in storage.layout(config, stored_as):
-        assert stored.shape == leaves[stored.path].shape
-        assert stored.component == components.component_of(stored.path)
-        precision = "angles" if stored.path.endswith("_angles") else precision_of(stored.path, config, stored_as)
-        wanted = precision if precision != "angles" or stored_as.angle_bits < 32 else "float32"
-        assert stored.encoding == wanted, stored.path
 
 
 def dtypes_and_shapes(model: ModelConfig, stored_as: Storage) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -207,6 +93,29 @@ def test_layout_of_ternary_experts_by_hand(experts: Any) -> None:
     assert found["segment_1/block_0/ffn/up_kernel.codes"] == ("U8", (1, 3, 12))
 
 
+def test_layout_of_low_rank_experts_by_hand() -> None:
+    # 2 layers; shared 6 x 10 = 60 weights; of each of 3 experts 6 x 2 = 12 and 2 x 10 = 20. Two int4 codes a byte.
+    found = dtypes_and_shapes(small(family="low_rank", rank=2), Storage(experts="int4"))
+    ffn = "segment_0/block_0/ffn"
+    assert {name: value for name, value in found.items() if name.startswith(ffn + "/")} == {
+        f"{ffn}/up_kernel.codes": ("U8", (2, 30)),
+        f"{ffn}/up_kernel.scale": ("F32", (2, 10)),
+        f"{ffn}/up_left.codes": ("U8", (2, 3, 6)),
+        f"{ffn}/up_left.scale": ("F32", (2, 3, 2)),
+        f"{ffn}/up_right.codes": ("U8", (2, 3, 10)),
+        f"{ffn}/up_right.scale": ("F32", (2, 3, 10)),
+        f"{ffn}/up_bias": ("F32", (2, 10)),
+        f"{ffn}/down_kernel.codes": ("U8", (2, 30)),
+        f"{ffn}/down_kernel.scale": ("F32", (2, 6)),
+        f"{ffn}/down_left.codes": ("U8", (2, 3, 10)),
+        f"{ffn}/down_left.scale": ("F32", (2, 3, 2)),
+        f"{ffn}/down_right.codes": ("U8", (2, 3, 6)),
+        f"{ffn}/down_right.scale": ("F32", (2, 3, 6)),
+        f"{ffn}/down_bias": ("F32", (2, 6)),
+        f"{ffn}/router/kernel": ("F32", (2, 6, 3)),
+    }
+
+
 def test_layout_of_other_formats_by_hand() -> None:
     ffn = "segment_0/block_0/ffn"
     found = dtypes_and_shapes(small(family="dense"), Storage(experts="ternary", trits="2bit"))
@@ -238,181 +147,206 @@ def test_layout_of_a_huge_model_is_made_at_once() -> None:
     assert sum(tensor.nbytes for tensor in found) > 10**8
 
 
-def test_bytes_of_a_tensor() -> None:
-    assert storage.Tensor("a", "F32", (2, 3)).nbytes == 24
-    assert storage.Tensor("a", "BF16", (2, 3)).nbytes == 12
-    assert storage.Tensor("a", "U16", (2, 3)).nbytes == 12
-    assert storage.Tensor("a", "U8", (2, 3)).nbytes == 6
-    assert storage.Tensor("a", "F32", ()).nbytes == 4
+# Reductions. Matrices of a layer's attention are 6 x 6, of its FFNs 6 x 10 and 10 x 6.
+
+FFN, ATTENTION = "segment_0/block_0/ffn", "segment_0/block_0/attention"
 
 
-# Values
+def reduced(
+    experts: Any = "float32",
+    backbone: Any = "float32",
+    ranks: dict[str, tuple[int, ...]] | None = None,
+    kept: dict[str, int] | None = None,
+    groups: dict[str, tuple[tuple[int, ...], ...]] | None = None,
+) -> Storage:
+    found = Reductions(*(tuple((each or {}).items()) for each in (ranks, kept, groups)))
+    return Storage(experts=experts, backbone=backbone, reductions=found)
 
 
-@pytest.mark.parametrize(("model", "name"), CASES)
-def test_what_comes_back_is_rounded_by_the_rules(model: str, name: str) -> None:
-    config, stored_as = small(**MODELS[model]), STORAGES[name]
-    params = random_params(config)
-    found = decode_all(storage.encode(params, config, stored_as), config, stored_as)
-    for path, leaf in flat(params).items():
-        back = np.asarray(found[path])
-        assert (back.shape, back.dtype) == (leaf.shape, np.float32), path
-        expected = expected_value(path, np.asarray(leaf, np.float64), config, stored_as)
-        if path.endswith("_angles"):
-            rounded_at = min(config.angle_bits, stored_as.angle_bits)
-            off = np.abs(oracles.on_circle(back - expected))
-            if config.angle_bits == 32 or stored_as.angle_bits >= config.angle_bits:
-                np.testing.assert_allclose(off, 0, atol=3e-6, err_msg=path)
-            else:  # grid on grid: what lies in the middle between two steps may go either way
-                step = 2 * math.pi / 2**rounded_at
-                assert ((off < 3e-6) | (np.abs(off - step) < 3e-6)).all(), path
-        else:
-            np.testing.assert_allclose(back, expected, rtol=2e-6, atol=1e-7, err_msg=path)
-
-
-@pytest.mark.parametrize("name", STORAGES)
-def test_one_layer_decodes_to_its_part_of_the_whole(name: str) -> None:
-    config, stored_as = small(num_layers=5, moe_layers="second"), STORAGES[name]
-    arrays = storage.encode(random_params(config), config, stored_as)
-    whole = decode_all(arrays, config, stored_as)
-    seen = 0
-
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-    def layer(arrays: dict[str, jax.Array], index: int) -> dict[str, jax.Array]:
-        inside = [stored for stored in storage.layout(config, stored_as) if stored.path.startswith("segment_0/")]
-        part = {tensor.name: arrays[tensor.name][index] for stored in inside for tensor in stored.tensors}
-        return {stored.path: storage.decode(stored, part, stored_as) for stored in inside}
-
-    for index in range(2):
-        for path, value in layer(arrays, index).items():
-            np.testing.assert_array_equal(value, whole[path][index])
-            seen += 1
-    assert seen > 2 * 20
-
-
-def test_scales_of_attention_are_those_of_its_channels() -> None:
-    config = small()
-    params = random_params(config)
-    arrays = storage.encode(params, config, Storage(backbone="int8"))
-    for name in ("query", "key", "value", "out"):
-        path = f"segment_0/block_0/attention/{name}/kernel"
-        kernel = np.asarray(flat(params)[path])
-        inputs = (1, 2) if name == "out" else (1,)
-        largest = np.abs(kernel).max(axis=inputs).reshape(2, 6)
-        np.testing.assert_allclose(arrays[f"{path}.scale"], largest / 127, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("family", "name", "lead"), [("butterfly", "prototype", 1), ("ternary", "down_kernel", 2)])
-def test_scales_of_ternary_matrices(family: str, name: str, lead: int) -> None:
-    for kind, axes in (("row", (-2,)), ("tensor", (-2, -1))):
-        config = small(family=family, form="tied", ternary_scale=kind)
-        params = random_params(config)
-        path = f"segment_0/block_0/ffn/{name}"
-        matrices = np.asarray(flat(params)[path], np.float64)
-        mean = np.abs(matrices).mean(axis=axes).reshape(*matrices.shape[:lead], -1)
-        np.testing.assert_allclose(storage.encode(params, config, Storage())[f"{path}.scale"], mean, rtol=1e-6)
-
-
-@pytest.mark.parametrize("bits", [32, 16, 8, 6])
-def test_angles_trained_with_4_bits_are_stored_as_those(bits: int) -> None:
-    config = small(form="tied", angle_bits=4)
-    params = random_params(config)
-    stored_as = Storage(angle_bits=bits)
-    found = flat(storage.as_stored(params, config, stored_as))
-    step, seen = 2 * math.pi / 16, 0
-    for path, leaf in flat(params).items():
-        if path.endswith("_angles"):
-            ratio = np.asarray(found[path], np.float64) / step
-            np.testing.assert_allclose(ratio, np.round(ratio), atol=1e-5)
-            error = oracles.on_circle(np.asarray(found[path], np.float64) - np.asarray(leaf, np.float64))
-            assert np.abs(error).max() <= step / 2 + 1e-5
-            assert np.abs(error).max() > step / 4  # they were not on the grid before
-            seen += 1
-    assert seen == 2
-
-
-@pytest.mark.parametrize("trained", ["bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4"])
-def test_the_router_is_rounded_as_trained_before_it_is_stored(trained: str, name: str) -> None:
-    config = small(form="tied", router_precision=trained)
-    params = random_params(config)
-    path = "segment_0/block_0/ffn/router/kernel"
-    found = flat(storage.as_stored(params, config, Storage(router=name)))[path]
-    once = oracles.round_matrices(np.asarray(flat(params)[path], np.float64), trained)
-    np.testing.assert_allclose(found, oracles.round_matrices(once, name), rtol=1e-6, atol=1e-8)
-
-
-def test_stored_as_trained() -> None:
-    model = small(angle_bits=6, router_precision="int8")
-    assert storage.as_trained(model) == Storage(angle_bits=6, router="int8")
-    assert storage.as_trained(small()) == Storage()
-    params = random_params(model)
-    found = flat(storage.as_stored(params, model, storage.as_trained(model)))
-    for path, leaf in flat(params).items():
-        if not path.endswith(("_angles", "prototype", "router/kernel")):
-            np.testing.assert_array_equal(found[path], leaf)
-
-
-@pytest.mark.parametrize("name", ["floats", "least"])
-def test_as_stored_has_the_tree_of_the_parameters(name: str) -> None:
-    config = small(num_layers=5, moe_layers="second")
-    params, stored_as = random_params(config), STORAGES[name]
-    found = storage.as_stored(params, config, stored_as)
-    assert jax.tree.structure(found) == jax.tree.structure(params)
-    decoded = decode_all(storage.encode(params, config, stored_as), config, stored_as)
-    for path, leaf in flat(found).items():
-        np.testing.assert_array_equal(leaf, decoded[path])
-
-
-def test_storing_what_is_stored_changes_nothing_in_floats() -> None:
-    config = small()
-    once = storage.as_stored(random_params(config), config, Storage(8, "int8", "int8", "int8"))
-    again = storage.as_stored(once, config.deployed(), Storage())
-    for path, leaf in flat(once).items():
-        np.testing.assert_array_equal(flat(again)[path], leaf)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
-    "path",
+    ("experts", "values"),
     [
-        "head/bias",
-        "segment_0/block_0/ffn/theta_angles",
-        "segment_0/block_0/ffn/prototype",
-        "segment_0/block_0/ffn/router/kernel",
+        # Rank 1: 6 + 10 numbers; rank 6: the 60 of the matrix. Rank 0: none.
+        ("float32", ("factors", "F32", 16 + 60)),
+        ("bfloat16", ("factors", "BF16", 16 + 60)),
+        ("int8", ("codes", "U8", 16 + 60)),
+        ("int4", ("codes", "U8", 3 + 5 + 30)),  # two codes a byte, each factor to its last byte
+        ("int2", ("codes", "U8", 2 + 3 + 15)),  # four: 6 / 4 and 10 / 4 rounded up, 60 / 4
+        ("ternary", ("codes", "U8", 2 + 2 + 12)),  # five: 6 / 5 rounded up, 10 / 5, 60 / 5
     ],
 )
-def test_parameters_that_are_not_finite_are_refused(value: float, path: str) -> None:
-    config = small(form="tied", angle_bits=4, router_precision="int4")
-    params = random_params(config)
-
-    def spoilt(key_path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.at[(-1,) * leaf.ndim].set(value) if components.path_of(key_path) == path else leaf
-
-    params = jax.tree_util.tree_map_with_path(spoilt, params)
-    with pytest.raises(ValueError, match=f"parameter {path} is not finite"):
-        storage.encode(params, config, Storage(8, "int8"))
-
-
-def test_parameters_of_another_model_are_refused() -> None:
-    model = small()
-    params = random_params(model)
-    kernel = params["head"]["kernel"]
-    params["head"]["kernel"] = kernel.T
-    with pytest.raises(ValueError, match=r"parameter head/kernel is \(10, 6\); this model has \(6, 10\)"):
-        storage.encode(params, model, Storage())
-    params["head"] = {"kernel": kernel}
-    with pytest.raises(ValueError, match=r"parameter head/bias is absent; this model has \(10,\)"):
-        storage.encode(params, model, Storage())
-    params = random_params(model) | {"other": np.zeros(3)}
-    with pytest.raises(ValueError, match=r"parameter other is \(3,\); this model has none"):
-        storage.encode(params, model, Storage())
+def test_factors_by_hand(experts: Any, values: tuple[str, str, int]) -> None:
+    model = small(family="dense", num_layers=3)
+    path = f"{FFN}/up/kernel"
+    stored_as = reduced(experts, ranks={path: (1, 6, 0)})
+    found = dtypes_and_shapes(model, stored_as)
+    name, dtype, size = values
+    assert found[f"{path}.{name}"] == (dtype, (size,))
+    # Scales, one an output of each factor: 1 + 10, of the matrix 10, of rank 0 those of (0, 10).
+    assert found.get(f"{path}.scale") == (("F32", (1 + 10 + 10 + 10,)) if name == "codes" else None)
+    assert path not in found
+    (stored,) = (each for each in storage.layout(model, stored_as) if each.path == path)
+    assert (stored.numbers, stored.shape, stored.matrix) == (76, (3, 6, 10), (6, 10))
+    # The other parameters are those of the model as it is.
+    plain = dtypes_and_shapes(model, Storage(experts=experts))
+    assert {n: v for n, v in found.items() if not n.startswith(path)} == {
+        n: v for n, v in plain.items() if not n.startswith(path)
+    }
 
 
-def test_nest() -> None:
-    leaves = [("a", 1), ("b/c", 2), ("b/d/e", 3), ("b/d/f", 4)]
-    assert storage.nest(iter(leaves)) == {"a": 1, "b": {"c": 2, "d": {"e": 3, "f": 4}}}
-    assert storage.nest(iter(())) == {}
+def test_factors_of_attention_and_of_experts_by_hand() -> None:
+    query, up = f"{ATTENTION}/query/kernel", f"{FFN}/up_kernel"
+    ranks = {query: (2, 6), up: (1, 1, 6, 0, 2, 2)}
+    found = dtypes_and_shapes(small(family="standard"), reduced("int8", "int4", ranks))
+    # 6 x 2 and 2 x 6 numbers, then 36, two a byte; scales 2 + 6 + 6.
+    assert found[f"{query}.codes"] == ("U8", (6 + 6 + 18,))
+    assert found[f"{query}.scale"] == ("F32", (14,))
+    # 2 layers x 3 experts: 16 + 16 + 60, 0 + 32 + 32; scales 11 + 11 + 10, 10 + 12 + 12.
+    assert found[f"{up}.codes"] == ("U8", (92 + 64,))
+    assert found[f"{up}.scale"] == ("F32", (32 + 34,))
+
+
+@pytest.mark.parametrize(("experts", "dtype"), [("float32", "F32"), ("bfloat16", "BF16")])
+def test_pruned_by_hand(experts: Any, dtype: str) -> None:
+    # 2 layers x 60 weights: 120 bits, 15 bytes; attention 2 x 36 = 72, 9 bytes.
+    up, out = f"{FFN}/up/kernel", f"{ATTENTION}/out/kernel"
+    model = small(family="dense")
+    stored_as = reduced(experts, kept={up: 7, out: 0})
+    found = dtypes_and_shapes(model, stored_as)
+    assert {name: value for name, value in found.items() if name.startswith((up, out))} == {
+        f"{up}.kept": (dtype, (7,)),
+        f"{up}.index": ("U8", (15,)),
+        f"{out}.kept": ("F32", (0,)),
+        f"{out}.index": ("U8", (9,)),
+    }
+    numbers = {each.path: each.numbers for each in storage.layout(model, stored_as)}
+    assert (numbers[up], numbers[out]) == (7, 0)
+
+
+@pytest.mark.parametrize("family", ["standard", "ternary"])
+def test_merged_by_hand(family: str) -> None:
+    # 2 layers of 3 experts, of which 2 are stored; up 60 int4 codes or trits.
+    model = small(family=family)
+    found = dtypes_and_shapes(model, reduced("int4", groups={FFN: ((0, 1, 0), (0, 0, 1))}))
+    width = 30 if family == "standard" else 12
+    assert {name: value for name, value in found.items() if name.startswith(FFN + "/")} == {
+        f"{FFN}/up_kernel.codes": ("U8", (2, 2, width)),
+        f"{FFN}/up_kernel.scale": ("F32", (2, 2, 10)),
+        f"{FFN}/up_bias": ("F32", (2, 2, 10)),
+        f"{FFN}/down_kernel.codes": ("U8", (2, 2, width)),
+        f"{FFN}/down_kernel.scale": ("F32", (2, 2, 6)),
+        f"{FFN}/down_bias": ("F32", (2, 2, 6)),
+        f"{FFN}/router/kernel": ("F32", (2, 6, 3)),
+    }
+    one = dtypes_and_shapes(model, reduced("float32", groups={FFN: ((0, 0, 0), (0, 0, 0))}))
+    assert one[f"{FFN}/down_bias"] == ("F32", (2, 1, 6))
+
+
+def test_formats_of_the_ends_by_hand() -> None:
+    ends, backbone = {"patch_embedding/kernel": 96, "head/kernel": 60}, f"{ATTENTION}/query/kernel"
+    found = dtypes_and_shapes(small(), Storage(backbone="int4", ends="int8"))
+    assert found[f"{backbone}.codes"] == ("U8", (2, 18))  # 36 codes, two a byte
+    for name, weights in ends.items():
+        assert found[f"{name}.codes"] == ("U8", (weights,))
+    found = dtypes_and_shapes(small(), Storage(backbone="int2", ends="bfloat16"))
+    assert found[f"{backbone}.codes"] == ("U8", (2, 9))
+    assert [found[name][0] for name in ends] == ["BF16", "BF16"]
+    found = dtypes_and_shapes(small(), Storage(backbone="int2"))
+    assert found["head/kernel.codes"] == ("U8", (15,))
+    found = dtypes_and_shapes(small(), Storage(ends="int2"))
+    assert found["head/kernel.codes"] == ("U8", (15,))
+    assert found[backbone] == ("F32", (2, 6, 2, 3))
+
+
+UP, UP_EXPERTS = f"{FFN}/up/kernel", f"{FFN}/up_kernel"
+A_KERNEL, A_MIXTURE = "a kernel of a layer of the model", "a mixture of stored experts of the model"
+GROUPS = ((0, 1, 0), (0, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("dense", {"ranks": {"other/kernel": (1, 1)}}, f"storage.reductions = 'other/kernel': it must be {A_KERNEL}"),
+        ("dense", {"ranks": {"head/kernel": (1,)}}, f"storage.reductions = 'head/kernel': it must be {A_KERNEL}"),
+        ("dense", {"kept": {f"{FFN}/up/bias": 3}}, f"storage.reductions = '{FFN}/up/bias': it must be {A_KERNEL}"),
+        ("low_rank", {"kept": {f"{FFN}/up_left": 3}}, f"storage.reductions = '{FFN}/up_left': it must be {A_KERNEL}"),
+        ("butterfly", {"ranks": {UP_EXPERTS: (1,) * 6}}, f"storage.reductions = '{UP_EXPERTS}': it must be {A_KERNEL}"),
+        ("standard", {"ranks": {FFN: (1,) * 6}}, f"storage.reductions = '{FFN}': it must be {A_KERNEL}"),
+        ("standard", {"kept": {FFN: 3}}, f"storage.reductions = '{FFN}': it must be {A_KERNEL}"),
+        *(
+            (family, {"groups": {FFN: GROUPS}}, f"storage.reductions = '{FFN}': it must be {A_MIXTURE}")
+            for family in ("dense", "butterfly", "low_rank")
+        ),
+        (
+            "standard",
+            {"groups": {UP_EXPERTS: GROUPS}},
+            f"storage.reductions = '{UP_EXPERTS}': it must be {A_MIXTURE}",
+        ),
+        (
+            "dense",
+            {"ranks": {UP: (1, 1)}, "kept": {UP: 3}},
+            f"storage.reductions = '{UP}': it must be reduced in one way",
+        ),
+        (
+            "standard",
+            {"ranks": {UP_EXPERTS: (1,) * 6}, "groups": {FFN: GROUPS}},
+            f"storage.reductions = '{UP_EXPERTS}': it must be reduced in one way",
+        ),
+        ("dense", {"ranks": {UP: (1,)}}, f"ranks of {UP} = 1: it must be 2, one a matrix"),
+        ("standard", {"ranks": {UP_EXPERTS: (1, 1)}}, f"ranks of {UP_EXPERTS} = 2: it must be 6, one a matrix"),
+        ("dense", {"ranks": {UP: (6, 7)}}, f"rank of {UP} = 7: it must be such that factors are fewer numbers than (6, 10), or 6"),
+        ("dense", {"kept": {UP: 121}}, f"kept weights of {UP} = 121: it must be at most 120"),
+        (
+            "dense",
+            {"kept": {UP: 3}, "experts": "int8"},
+            f"format of {UP} = 'packed': it must be floats, as it is pruned",
+        ),
+        (
+            "ternary",
+            {"kept": {UP_EXPERTS: 3}},
+            f"format of {UP_EXPERTS} = 'packed': it must be floats, as it is pruned",
+        ),
+        (
+            "standard",
+            {"groups": {FFN: ((0, 1, 0),)}},
+            f"groups of {UP_EXPERTS} = ((0, 1, 0),): it must be 3 for each of 2 layers",
+        ),
+        (
+            "standard",
+            {"groups": {FFN: ((0, 1), (0, 1, 0))}},
+            f"groups of {UP_EXPERTS} = ((0, 1), (0, 1, 0)): it must be 3 for each of 2 layers",
+        ),
+        *(
+            (
+                "standard",
+                {"groups": {FFN: groups}},
+                f"groups of {UP_EXPERTS} = {groups!r}: it must be numbered by first appearance, as many in all layers",
+            )
+            for groups in (
+                ((0, 1, 0), (1, 0, 1)),
+                ((0, 1, 0), (0, 0, 0)),
+                ((0, 2, 0), (0, 1, 2)),
+                ((1, 1, 1), (1, 1, 1)),
+                ((0, 0, 10**15), (0, 0, 10**15)),
+            )
+        ),
+    ],
+)
+def test_reductions_that_the_model_cannot_have_are_refused(family: str, changes: dict[str, Any], message: str) -> None:
+    stored_as = reduced(**changes)
+    with pytest.raises(ConfigError) as error:
+        storage.layout(small(family=family, form="tied"), stored_as)
+    # Of a merged mixture the parameter that comes first in the tree is named.
+    assert str(error.value) == message.replace(f"groups of {UP_EXPERTS}", f"groups of {FFN}/down_bias")
+
+
+def test_a_path_named_twice_is_refused() -> None:
+    twice = Reductions(ranks=((UP, (1, 1)), (UP, (2, 2))))
+    with pytest.raises(ConfigError, match=f"storage.reductions = '{UP}': it must be reduced in one way"):
+        storage.layout(small(family="dense"), Storage(reductions=twice))
+    twice = Reductions(groups=((FFN, GROUPS), (FFN, GROUPS)))
+    with pytest.raises(ConfigError, match="it must be reduced in one way"):
+        storage.layout(small(family="standard"), Storage(reductions=twice))
 
 
 # Settings
@@ -427,7 +361,8 @@ def test_nest() -> None:
             ("experts", value, "float32 or bfloat16 or int8 or int4 or int2 or ternary")
             for value in ("int3", "Int8", None, ["int8"])
         ),
-        *(("backbone", value, "float32 or bfloat16 or int8") for value in ("int4", "ternary", True)),
+        *(("backbone", value, "float32 or bfloat16 or int8 or int4 or int2") for value in ("ternary", True, None)),
+        *(("ends", value, "float32 or bfloat16 or int8 or int4 or int2") for value in ("ternary", 8)),
         *(("trits", value, "base3 or 2bit") for value in ("base4", 2, None)),
     ],
 )
@@ -440,4 +375,23 @@ def test_impossible_settings_are_refused(field: str, value: object, wanted: str)
 def test_settings_are_values() -> None:
     assert Storage(8) == Storage(angle_bits=8) != Storage(6)
     assert len({Storage(8), Storage(8), Storage()}) == 2
-    assert list(dataclasses.asdict(Storage()).values()) == [32, "float32", "float32", "float32", "base3"]
+    values = [32, "float32", "float32", "float32", "base3", None, Reductions()]
+    assert [getattr(Storage(), field.name) for field in dataclasses.fields(Storage)] == values
+
+
+def test_settings_come_back_through_json() -> None:
+    reduced = Reductions(ranks=(("a/kernel", (1, 2)),), kept=(("b/kernel", 3),), groups=(("c", ((0, 1), (0, 0))),))
+    for stored_as in (Storage(), Storage(6, "int4", "int2", "int8", "2bit", "bfloat16", reduced)):
+        found = storage.from_dict(json.loads(json.dumps(stored_as.to_dict())))
+        assert found == stored_as
+        assert hash(found) == hash(stored_as)
+
+
+def test_settings_that_are_not_whole_do_not_come_back() -> None:
+    whole = Storage().to_dict()
+    with pytest.raises(KeyError, match="reductions"):
+        storage.from_dict({name: value for name, value in whole.items() if name != "reductions"})
+    with pytest.raises(TypeError, match="more"):
+        storage.from_dict(whole | {"more": 1})
+    with pytest.raises(ConfigError, match="storage.ends = 'int3'"):
+        storage.from_dict(whole | {"ends": "int3"})
