@@ -1,8 +1,11 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
 from bvit_jax import cores
+from tests.conftest import ROOT
 
 
 def test_cores_are_listed_and_can_be_left_to_others():
@@ -27,3 +30,13 @@ def test_where_the_system_does_not_tell_all_are_there(monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: None)
         assert cores.available() == [0]
+
+
+def test_linear_algebra_gets_as_many_threads():
+    code = (
+        "import scipy.linalg, threadpoolctl; from bvit_jax import cores; cores.keep_to(cores.available()[:1]); "
+        "print({pool['num_threads'] for pool in threadpoolctl.threadpool_info()})"
+    )
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "{1}"
