@@ -8,7 +8,6 @@ from typing import Any, get_args
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from bvit_jax import comparison, plots
 from bvit_jax.model_config import Family
@@ -80,9 +79,7 @@ def _against_bytes(figure: Figure, panels: Panels, label: str, shape: tuple[int,
             _point(axes, summary, summary.trial.labels[label])
         axes.set_xscale("log")
         axes.margins(x=0.25)  # room for the names
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        plots.spell_out(axes.xaxis)
         axes.set_xlabel("FFN or mixture layers, all bytes (kB)")
         if index % shape[1] == 0:
             axes.set_ylabel("test accuracy (%)")

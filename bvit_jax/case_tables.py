@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from bvit_jax import comparison
+from bvit_jax import comparison, markdown
 from bvit_jax.comparison import EVERYWHERE, Comparison
 from bvit_jax.sweep import Summary
 
@@ -38,7 +38,7 @@ def to_markdown(summaries: Sequence[Summary], comparisons: Sequence[Comparison],
     seeds = max(summary.seeds for summary in summaries)
     header = [label, *places, "cosine", "lost, one expert", "kB"]
     means = [[case, *_cells(found, places, seeds), *_of_case(found, places)] for case, found in by_case.items()]
-    lines = [_MEANS.format(label=label, seeds=seeds), *_table(header, means)]
+    lines = [_MEANS.format(label=label, seeds=seeds), *markdown.table(header, means)]
     for baseline in dict.fromkeys(row.baseline for row in comparisons):
         cases: dict[str, dict[str, Comparison]] = {}
         for row in comparisons:
@@ -47,13 +47,8 @@ def to_markdown(summaries: Sequence[Summary], comparisons: Sequence[Comparison],
         several = any(EVERYWHERE in found for found in cases.values())
         columns = [*places, EVERYWHERE] if several else places
         differences = [[case, *_cells(found, columns, seeds)] for case, found in cases.items()]
-        lines += [_DIFFERENCES.format(label=label, baseline=baseline), *_table([label, *columns], differences)]
+        lines += [_DIFFERENCES.format(label=label, baseline=baseline), *markdown.table([label, *columns], differences)]
     return "\n".join(lines) + "\n"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cell or '-' for cell in line)} |" for line in (header, *rows)]
-    return [lines[0], "|" + "---|" * len(header), *lines[1:]]
 
 
 def _cells(found: Mapping[str, Summary | Comparison], places: Sequence[str], seeds: int) -> list[str]:

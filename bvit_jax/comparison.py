@@ -88,7 +88,7 @@ def compare(
     """
     finished: dict[str, dict[str, dict[tuple[int, int], ResultRow]]] = {}
     for trial, row in zip(trials, rows, strict=True):
-        if row.status == "ok":
+        if row.test_accuracy is not None:
             for place in places(trial, label):
                 of_case = finished.setdefault(trial.labels[label], {}).setdefault(place, {})
                 of_case[trial.config.seed, trial.config.data.seed] = row

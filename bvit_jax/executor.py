@@ -167,13 +167,14 @@ class _Runner:
         self._failed.forget(trial)
         every = cores.available()
         share = every[slot :: self._jobs] or every
+        requests = [dataclasses.asdict(request) for request in trial.compressions]
         context = multiprocessing.get_context("spawn")
         try:
             here, there = context.Pipe()
             with there:
                 process = context.Process(
                     target=trial_process.run,
-                    args=(trial.config.to_dict(), trial.directory, share, self._compilation_cache, there),
+                    args=(trial.config.to_dict(), trial.directory, requests, share, self._compilation_cache, there),
                 )
                 process.start()
         except OSError as error:  # no memory or no number left for a process
@@ -199,7 +200,7 @@ class _Runner:
         """Records why a trial failed that ended without a result and was not told to stop."""
         code = job.process.exitcode
         told_to_stop = self._stopping or code in (preemption.EXIT_STATUS, -signal.SIGTERM)
-        if job.trial.result is None and (job.cause is not None or not told_to_stop):
+        if not job.trial.is_done and (job.cause is not None or not told_to_stop):
             cause = job.cause or failures.describe_end(code, job.trial.directory / trial_process.OUTPUT_FILE)
             self._failed.record(job.trial, cause)
 

@@ -8,7 +8,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bvit_jax import bench_cases
 from bvit_jax.compiled import Row
@@ -85,6 +87,13 @@ def draw_to(path: Path, draw: Callable[[Figure], None], size: tuple[float, float
             figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
         figure.savefig(path, dpi=150)
     return path
+
+
+def spell_out(axis: Axis) -> None:
+    """Has 1, 2 and 5 of every power of ten along a logarithmic axis, in figures."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _series(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:

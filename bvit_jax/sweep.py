@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bvit_jax import expert_use, intervals, memory, metrics
+from bvit_jax import compressed, expert_use, intervals, memory, metrics
+from bvit_jax.compress_request import Request
 from bvit_jax.config import Config
 
 Status = Literal["ok", "failed", "unfinished"]
@@ -35,6 +36,7 @@ class Trial:
         labels: those of its case.
         chosen: the grid's values by dotted name.
         also: others of them that mean the same run.
+        compressions: of the trained model, that belong to the trial.
     """
 
     config: Config
@@ -43,6 +45,7 @@ class Trial:
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chosen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     also: tuple[Mapping[str, Any], ...] = ()
+    compressions: tuple[Request, ...] = ()
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -53,9 +56,18 @@ class Trial:
             return None
         return found if isinstance(found, dict) else None
 
+    def compressed(self, request: Request) -> compressed.Result | None:
+        """The result of one of its compressions; None if it is not there yet."""
+        return compressed.read_result(self.directory, request)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is trained, and compressed in all the ways that are wanted."""
+        return self.result is not None and all(self.compressed(request) is not None for request in self.compressions)
+
     def status(self, cause: str | None) -> Status:
-        """Says how far the trial is; `cause` is why it failed, None if it did not. A result outweighs a failure."""
-        if self.result is not None:
+        """Says how far the trial is; `cause` is why it failed, None if it did not. What is done outweighs a failure."""
+        if self.is_done:
             return "ok"
         return "unfinished" if cause is None else "failed"
 
@@ -214,10 +226,10 @@ class Summary:
 
 
 def summarise(trials: Sequence[Trial], rows: Sequence[ResultRow]) -> list[Summary]:
-    """Groups the finished trials by everything but the seed, in the order of the grid."""
+    """Groups the trained trials by everything but the seed, in the order of the grid."""
     groups: dict[tuple[str, ...], list[tuple[Trial, ResultRow]]] = {}
     for trial, row in zip(trials, rows, strict=True):
-        if row.status == "ok":
+        if row.test_accuracy is not None:
             groups.setdefault(trial.kind, []).append((trial, row))
     return [_summary(group[0][0], [row for _, row in group]) for group in groups.values()]
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from bvit_jax import config, cores, failures, orphans, preemption, train
+from bvit_jax import compress_request, compressed, config, cores, failures, orphans, preemption, train
 
 OUTPUT_FILE = "output.txt"
 """What a trial prints, in its directory."""
@@ -22,15 +22,21 @@ STOP = b"stop"
 
 
 def run(
-    stored: dict[str, Any], directory: Path, share: list[int], compilation_cache: Path, sweep_pipe: Connection
+    stored: dict[str, Any],
+    directory: Path,
+    compressions: list[dict[str, Any]],
+    share: list[int],
+    compilation_cache: Path,
+    sweep_pipe: Connection,
 ) -> None:
-    """Runs one trial to its end; if it fails, sends the cause, and exits with status 1.
+    """Runs one trial to its end, and compresses what it trained; if it fails, sends the cause, and exits with status 1.
 
     One that is told to stop exits with `preemption.EXIT_STATUS`.
 
     Args:
         stored: the configuration as plain data.
         directory: of the trial; made if absent.
+        compressions: `compress_request.Request` as plain data; those that are done are left as they are.
         share: cores to run on.
         compilation_cache: directory for compiled programs.
         sweep_pipe: to the process of the sweep; the trial ends when that does.
@@ -48,6 +54,8 @@ def run(
             jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         flags.FLAGS.mark_as_parsed()  # those of the sweep are not this process's, and readers of images look at theirs
         train.run(config.from_dict(stored), directory, show_progress=False)
+        if compressions:
+            compressed.run_all(directory, [compress_request.from_dict(fields) for fields in compressions])
     except (preemption.Preempted, KeyboardInterrupt):
         sys.exit(preemption.EXIT_STATUS)
     except Exception as error:

@@ -61,7 +61,7 @@ def choose(trials: Sequence[Trial], rows: Sequence[ResultRow], kind: str, settin
 def _scored(kind: str, settings: dict[str, list[ResultRow]]) -> list[Score]:
     scores = []
     for setting, rows in settings.items():
-        known = [row.val_accuracy for row in rows if row.status == "ok" and row.val_accuracy is not None]
+        known = [row.val_accuracy for row in rows if row.val_accuracy is not None]
         failed = sum(row.status == "failed" for row in rows)
         mean = float(np.mean(known)) if known else math.nan
         scores.append(Score(kind, setting, len(rows), len(known), failed, mean))

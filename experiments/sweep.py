@@ -37,6 +37,8 @@ from bvit_jax import (
     memory_report,
     plots,
     preemption,
+    rival_report,
+    rivals,
     run_images,
     sharding,
     start_run,
@@ -51,7 +53,7 @@ from experiments import data_flags, entry, tables
 
 _DEFAULT_CONFIG = str(Path(__file__).parent.parent / "configs" / "sweep_digits.py")
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", _DEFAULT_CONFIG, "The sweep: base and grid; if wanted cases, compare, choose, memory_base."
+    "config", _DEFAULT_CONFIG, "The sweep: base and grid; if wanted cases, compare, choose, compress, memory_base."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's directory; runs/NAME_OF_CONFIG if left out.")
 flags.adopt_module_key_flags(data_flags)
@@ -60,7 +62,7 @@ _RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run again the trials t
 
 OUTPUTS = (
     *("trials", "errors", "results.csv", "comparisons.csv", "tuning.csv", "summary.md", "plots"),
-    *("config.json", "checkpoints", "metrics.jsonl"),
+    *("rivals.csv", "rival_steps.csv", "config.json", "checkpoints", "metrics.jsonl"),
 )
 LOCK_PATIENCE_SECONDS = 1.0
 """Any at all, so that a sweep on another machine that may be dead is waited for until that is known."""
@@ -84,10 +86,13 @@ def main(argv: Sequence[str]) -> None:
     trials = grid.expand(raw["base"], raw["grid"], workdir, raw.get("cases", (({}, {}),)))
     compare = _section(raw, "compare", ("label", "baselines"))
     choose = _section(raw, "choose", ("kind", "setting"))
+    compress = _section(raw, "compress", ("label", "of"))
     if compare:
         comparison.check(**compare, trials=trials)
     if choose:
         tuning.check(**choose, trials=trials)
+    if compress:
+        trials = rivals.requested(trials, **compress)
     memory_base = config.resolve(raw["memory_base"]) if "memory_base" in raw else None
     platform = executor.probe_platform()
     for trial in trials:
@@ -104,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"taking over from {dead}, which ended without letting go")
         for name, found in images.items():
             run_images.claim(workdir, name, found)
-        report = _Report(trials, failed, workdir, compare, choose)
+        report = _Report(trials, failed, workdir, compare, choose, compress.get("label"))
         if memory_base is not None:
             report.draw_memory(memory_base)
         _run(report, _JOBS.value or platform.default_jobs, notice)
@@ -129,9 +134,9 @@ def _run(report: "_Report", jobs: int, notice: preemption.Notice) -> None:
         cache = workdir / "compilation_cache"
         executor.run_trials(trials, failed, jobs, _RETRY_FAILED.value, cache, report.show_ended, notice)
     finally:
-        summaries = report.write()
-        report.draw(summaries)
-    _print_summary(summaries)
+        found = report.write()
+        report.draw(found)
+    _print_summary(found.summaries)
     others = {path.name for path in workdir.glob("trials/*")} - {trial.directory.name for trial in trials}
     if others:
         print(f"{len(others)} trials of earlier grids are kept in {workdir / 'trials'}, outside these tables")
@@ -141,6 +146,14 @@ def _run(report: "_Report", jobs: int, notice: preemption.Notice) -> None:
     unfinished = [trial.label for trial in trials if failed.status(trial) == "unfinished"]
     if unfinished:
         raise preemption.Preempted(f"trials were told to stop and are unfinished: {', '.join(unfinished)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What the finished trials say; rivals are there where they are asked for."""
+
+    summaries: list[sweep.Summary]
+    rivals: list[rivals.Rival]
 
 
 class _Report:
@@ -153,27 +166,32 @@ class _Report:
         workdir: Path,
         compare: dict[str, Any],
         choose: dict[str, Any],
+        rivals_by: str | None,
     ) -> None:
         self.trials = trials
         self.failed = failed
         self.workdir = workdir
         self._compare = compare
         self._choose = choose
+        self._rivals_by = rivals_by
         self._unwritten: dict[str, OSError] = {}
 
     def show_ended(self, trial: sweep.Trial) -> None:
         """Prints how a trial ended, and brings the tables up to date."""
         row = sweep.result_row(trial, self.failed.cause(trial))
-        shown = row.error if row.test_accuracy is None else f"test accuracy {row.test_accuracy:.4f}"
+        scored = row.test_accuracy is not None and row.status != "failed"
+        shown = f"test accuracy {row.test_accuracy:.4f}" if scored else row.error
         _say(f"{trial.label:<40} {row.status:<10} {shown}")
         for warning in (trial.result or {}).get("warnings", []):
             _say(f"    {warning}")
         self.write()
 
-    def write(self) -> list[sweep.Summary]:
+    def write(self) -> _Found:
         """Writes the tables as things stand."""
         rows = [sweep.result_row(trial, self.failed.cause(trial)) for trial in self.trials]
         summaries = sweep.summarise(self.trials, rows)
+        compressed = rivals.rows(self.trials, rows, self._rivals_by) if self._rivals_by else []
+        found_rivals = rivals.summarise(compressed)
         with self._goes_on("tables"):
             files.write_rows(self.workdir / "results.csv", [dataclasses.asdict(row) for row in rows])
             text = sweep.to_markdown(summaries, rows)
@@ -185,16 +203,24 @@ class _Report:
                 scores = tuning.choose(self.trials, rows, **self._choose)
                 files.write_rows(self.workdir / "tuning.csv", [dataclasses.asdict(score) for score in scores])
                 text += tuning.to_markdown(scores)
+            if self._rivals_by:
+                files.write_rows(self.workdir / "rivals.csv", [dataclasses.asdict(row) for row in compressed])
+                steps = rivals.steps(compressed)
+                files.write_rows(self.workdir / "rival_steps.csv", [dataclasses.asdict(step) for step in steps])
+                text += rival_report.to_markdown(found_rivals, steps)
             files.write_text(self.workdir / "summary.md", text)
-        return summaries
+        return _Found(summaries, found_rivals)
 
-    def draw(self, summaries: Sequence[sweep.Summary]) -> None:
+    def draw(self, found: _Found) -> None:
         """Draws accuracy and bytes of the finished trials."""
+        directory = self.workdir / "plots"
         with self._goes_on("plots"):
+            if self._rivals_by:
+                rival_report.draw(found.rivals, directory)
             if self._compare:
-                case_plots.draw(summaries, **self._compare, directory=self.workdir / "plots")
-            else:
-                plots.sweep_plots(summaries, self.workdir / "plots")
+                case_plots.draw(found.summaries, **self._compare, directory=directory)
+            elif not self._rivals_by:
+                plots.sweep_plots(found.summaries, directory)
 
     def draw_memory(self, base: config.Config) -> None:
         """Counts the memory_base model from 1 to 4096 experts, from shapes alone, and shows the 64-expert figures."""

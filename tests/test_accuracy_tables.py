@@ -40,6 +40,7 @@ def test_the_tables_are_those_of_the_results(name: str) -> None:
         found = {(row["settings"], int(row["seed"])): row for row in csv.DictReader(file)}
     rows = [of_csv(trial, found[trial.settings, trial.config.seed]) for trial in trials]
     if name not in OLDER:
+        assert all(row.bytes_full == int(found[row.settings, row.seed]["bytes_full"]) for row in rows)
         assert {row["trial"] for row in found.values()} == {trial.config.digest() for trial in trials}
     compared = comparison.compare(trials, rows, **raw["compare"])
     text = case_tables.to_markdown(sweep.summarise(trials, rows), compared, raw["compare"]["label"])

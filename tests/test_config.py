@@ -19,7 +19,7 @@ from configs import cifar10, cifar100, digits, imagenet_s16, paper
 from tests.conftest import make_config
 
 CONFIG_FILES = [module.name for module in pkgutil.iter_modules(configs.__path__) if module.name != "studies"]
-SWEEPS = [name for name in CONFIG_FILES if name.startswith(("sweep_", "ablation_", "parity", "dense_runs"))]
+SWEEPS = [name for name in CONFIG_FILES if name.startswith(("sweep_", "ablation_", "parity", "rivals", "dense_runs"))]
 RUN_CONFIGS = [name for name in CONFIG_FILES if name not in SWEEPS]
 
 PROCEDURAL = {
@@ -66,6 +66,7 @@ OTHER: dict[str, Any] = {
     "model.num_experts": 5,
     "model.top_k": 1,
     "model.moe_layers": "1",
+    "model.rank": 2,
     "model.rotations": "outer",
     "model.num_stages": 1,
     "model.stride_order": "ascending",
@@ -192,7 +193,7 @@ def leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         ("model.image_size", 16, "that of the procedural images, 8"),
         ("model.variant", "huge", "tiny or small or paper or vit_s16 or vit_b16"),
         ("model.variant", None, "tiny or small or paper or vit_s16 or vit_b16"),
-        ("model.family", "sparse", "dense or standard or ternary or butterfly"),
+        ("model.family", "sparse", "dense or standard or ternary or butterfly or low_rank"),
         ("model.top_k", 5, "at most num_experts = 4"),
     ],
 )
@@ -373,7 +374,7 @@ def multiplier(family: str, value: float | None = None) -> float:
 
 
 def test_the_multiplier_of_experts_is_their_familys_unless_one_is_given():
-    usual = {"dense": 1.0, "standard": 1.0, "ternary": 3.0, "butterfly": 3.0}
+    usual = {"dense": 1.0, "standard": 1.0, "ternary": 3.0, "butterfly": 3.0, "low_rank": 1.0}
     assert {family: multiplier(family) for family in get_args(Family)} == usual
     assert {family: multiplier(family, 2.0) for family in get_args(Family)} == dict.fromkeys(usual, 2.0) | {"dense": 1}
     assert multiplier("standard", 0.0) == 0
@@ -386,6 +387,7 @@ def test_the_multiplier_of_experts_is_their_familys_unless_one_is_given():
         ("standard", {"expert", "router"}),
         ("ternary", {"expert", "router"}),
         ("butterfly", {"expert", "router", "angle"}),
+        ("low_rank", {"expert", "router"}),
     ],
 )
 def test_only_multipliers_of_what_a_family_has_tell_its_runs_apart(family, own):
@@ -458,7 +460,7 @@ def strongly_augmented(**changes: object) -> Config:
     return resolve(raw)
 
 
-@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"augment.min_area"}))
+@pytest.mark.parametrize("name", sorted(OTHER.keys() - {"augment.min_area", "model.rank"}))
 def test_every_field_changes_the_digest(name):
     section, _, field = name.rpartition(".")
     if section == "augment":
@@ -466,6 +468,12 @@ def test_every_field_changes_the_digest(name):
     else:
         config = resolve(raw_config(PROCEDURAL))
         assert changed(name, OTHER[name], PROCEDURAL).digest() != config.digest()
+
+
+def test_the_rank_changes_the_digest_of_low_rank_experts_alone():
+    for family, number in (("low_rank", 2), ("butterfly", 1)):
+        found = {resolve(raw_config(PROCEDURAL, model__family=family, model__rank=rank)).digest() for rank in (2, 4)}
+        assert len(found) == number
 
 
 def test_fields_of_what_is_left_out_do_not_change_the_digest():
@@ -588,7 +596,7 @@ def test_the_warm_up_of_a_recipe_goes_with_its_length():
     assert imagenet_s16.get_config().optimizer.warmup_steps == 10_000
 
 
-@pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])
+@pytest.mark.parametrize("family", ["dense", "standard", "butterfly", "low_rank"])
 def test_a_stored_configuration_comes_back_equal(family):
     config = resolve(raw_config(PROCEDURAL, model__family=family))
     stored = json.loads(json.dumps(config.to_dict()))

@@ -1,3 +1,4 @@
+import dataclasses
 import signal
 from pathlib import Path
 
@@ -6,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from bvit_jax import failures, sweep
+from bvit_jax.compress_request import Request
 from bvit_jax.failures import Failures
 from tests.conftest import make_config
+from tests.test_rivals import compress
 
 
 def make_trial(directory: Path, seed: int = 0) -> sweep.Trial:
@@ -28,6 +31,23 @@ def test_causes_are_kept_for_a_later_call_until_they_are_forgotten(tmp_path):
     later.forget(trial)
     later.forget(other)
     assert (later.cause(trial), Failures(tmp_path / "errors").cause(trial)) == (None, None)
+
+
+def test_what_waits_is_what_is_not_trained_and_compressed_as_wanted(tmp_path):
+    request = Request("svd", 0.5)
+    found = Failures(tmp_path / "errors")
+    trials = [dataclasses.replace(make_trial(tmp_path / f"{seed}", seed), compressions=(request,)) for seed in range(4)]
+    done, trained, failed, new = trials
+    for trial in (done, trained, failed):
+        trial.directory.mkdir()
+        (trial.directory / "result.json").write_text('{"test_accuracy": 0.5}')
+    compress(done, request)
+    found.record(failed, "broken")
+    assert [found.status(trial) for trial in trials] == ["ok", "unfinished", "failed", "unfinished"]
+    assert found.waiting(trials, retry_failed=False) == [trained, new]
+    assert found.waiting(trials, retry_failed=True) == [trained, failed, new]
+    without = [dataclasses.replace(trial, compressions=()) for trial in trials]
+    assert found.waiting(without, retry_failed=True) == without[3:]
 
 
 def unwritable(kind: str, trial: sweep.Trial, directory: Path) -> None:

@@ -1,14 +1,17 @@
+import dataclasses
 import importlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bvit_jax import comparison, memory, sweep, tuning
+from bvit_jax import comparison, memory, rivals, sweep, tuning
 from bvit_jax import grid as grids
 from bvit_jax.config import resolve
 from bvit_jax.model_config import ConfigError
 from configs import dense_runs, digits, parity, parity_tuning, studies
+from configs import rivals as rivals_config
 from tests.test_config import SWEEPS
 
 
@@ -172,6 +175,8 @@ def test_every_sweep_of_configs_can_be_run(tmp_path, name):
         comparison.check(**raw["compare"], trials=trials)
     if "choose" in raw:
         tuning.check(**raw["choose"], trials=trials)
+    if "compress" in raw:
+        trials = rivals.requested(trials, **raw["compress"])
     if "cases" in raw:  # no case is another one in disguise
         assert len(trials) == len(raw["cases"]) * len(raw["grid"]["seed"])
 
@@ -233,6 +238,26 @@ def test_dense_models_of_equal_bytes_have_equal_bytes():
     sizes = {trial.labels["kind"]: memory.ledger(trial.config).bytes_full_ffn for trial in trials}
     for experts in parity.EQUAL_BYTES:
         assert sizes[f"dense, bytes of butterfly {experts}"] == pytest.approx(sizes[f"butterfly {experts}"], rel=0.01)
+
+
+def test_rivals_are_compressed_in_every_way_that_suits_them(tmp_path):
+    raw = rivals_config.get_config().to_dict()
+    trials = rivals.requested(grids.expand(raw["base"], raw["grid"], tmp_path, raw["cases"]), **raw["compress"])
+    # Two beds, two seeds of run and images, six kinds.
+    assert len(trials) == 2 * 2 * 6
+    assert all(trial.config.seed == trial.config.data.seed for trial in trials)
+    methods = {trial.labels["kind"]: Counter(each.method for each in trial.compressions) for trial in trials}
+    calibrated = Counter(quantise=3)
+    both = Counter(rounding=3, quantise=3, prune=3, svd=3, activation_aware=3, mixed=3, mixed_rank=6)
+    assert methods == {
+        "dense": both,
+        "standard 16": both + Counter(merge=3),
+        **dict.fromkeys(("dense, bytes of butterfly 16", "ternary 16", "butterfly 16", "low_rank 16"), calibrated),
+    }
+    # Rates are those that were tuned, of low-rank experts those of stored ones.
+    rates = {trial.labels["kind"]: dataclasses.asdict(trial.config.optimizer) for trial in trials}
+    assert rates["low_rank 16"] == rates["standard 16"]
+    assert {trial.config.model.rank for trial in trials if trial.config.model.family == "low_rank"} == {4}
 
 
 def test_parity_takes_what_tuning_offers():

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from bvit_jax import expert_use, files, memory, sweep
+from bvit_jax.compress_request import Request
 from tests.conftest import make_config
+from tests.test_rivals import compress
 
 HEADER = (
     "family,num_experts,seed,form,test_accuracy,val_accuracy,params,bytes_paper,bytes_full,compression_paper,"
@@ -111,6 +113,23 @@ def test_a_result_outweighs_an_old_failure(tmp_path):
     trial = finish(make_trial(tmp_path / "t"), 0.5)
     row = sweep.result_row(trial, "an earlier attempt")
     assert (trial.status("an earlier attempt"), row.status, row.error) == ("ok", "ok", "")
+
+
+def test_a_trial_is_done_when_all_its_compressions_are(tmp_path):
+    requests = (Request("svd", 0.5), Request("quantise", bits=8))
+    trial = dataclasses.replace(make_trial(tmp_path / "t", "dense"), compressions=requests)
+    compress(trial, requests[0])
+    assert (trial.is_done, trial.status(None), trial.status("broken")) == (False, "unfinished", "failed")
+    (trial.directory / "result.json").write_text('{"test_accuracy": 0.5}')
+    assert (trial.is_done, trial.status(None), trial.status("broken")) == (False, "unfinished", "failed")
+    row = sweep.result_row(trial, "Traceback\nConfigError: out = 'x': it cannot be written to")
+    assert (row.status, row.test_accuracy, row.error[:16]) == ("failed", 0.5, "ConfigError: out")
+    # It is trained, whatever became of its compressions.
+    assert [summary.accuracy_mean for summary in sweep.summarise([trial], [row])] == [0.5]
+    made = compress(trial, requests[1])
+    assert trial.compressed(requests[1]) == made
+    assert (trial.is_done, trial.status(None), trial.status("broken")) == (True, "ok", "ok")
+    assert dataclasses.replace(trial, compressions=(*requests, Request("svd", 0.25))).status(None) == "unfinished"
 
 
 @pytest.mark.parametrize("content", [b"", b'{"test_accuracy": 0.', b"[1]", b"\xff"])

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bvit_jax import grid, sweep
+from bvit_jax import compressed, executor, grid, preemption, rivals, sweep
 from bvit_jax.failures import Failures
 from configs import sweep_digits
 from tests.conftest import ROOT, call, environment
@@ -76,8 +77,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
-def rows(workdir: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO((workdir / "results.csv").read_text())))
+def rows(workdir: Path, name: str = "results.csv") -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((workdir / name).read_text())))
 
 
 def test_a_sweep_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
@@ -147,7 +148,7 @@ def show_a_trial_with_warnings(workdir: str) -> None:
     trial.directory.mkdir(parents=True)
     result = {"test_accuracy": 0.5, "warnings": ["layer 1: expert 3 is dead", "layer 2: expert 0 is dead"]}
     (trial.directory / "result.json").write_text(json.dumps(result))
-    _Report([trial], Failures(Path(workdir) / "errors"), Path(workdir), {}, {}).show_ended(trial)
+    _Report([trial], Failures(Path(workdir) / "errors"), Path(workdir), {}, {}, None).show_ended(trial)
 
 
 def test_warnings_of_a_finished_trial_are_shown_below_it(tmp_path):
@@ -188,3 +189,72 @@ def test_failures_and_tables_that_cannot_be_written_do_not_end_a_sweep(tmp_path)
     mended = run(tmp_path, 6, seeds)
     assert mended.returncode == 0, mended.stdout
     assert [row["status"] for row in rows(tmp_path)] == ["ok", "ok"]
+
+
+COMPRESSING = """
+from configs import studies
+
+
+def get_config():
+    cases = studies.cases(kind={"dense": {"model": {"family": "dense"}}})
+    requests = ({"method": "rounding", "calibration_images": 8}, {"method": "prune", "keep": 0.5})
+    config = studies.sweep(cases, (0,), compress={"label": "kind", "of": (("dense", requests),)})
+    config.base.update({"total_steps": 6, "batch_size": 16, "log_every": 2, "eval_every": 3})
+    config.base.optimizer.warmup_steps = 2
+    return config
+"""
+
+
+def times(directory: Path) -> dict[str, int]:
+    """When the files of a trial's training were written."""
+    return {name: (directory / name).stat().st_mtime_ns for name in ("result.json", "metrics.jsonl", "checkpoints")}
+
+
+def test_compressions_are_made_after_training_each_once(tmp_path, monkeypatch):
+    for name, value in environment(1).items():
+        monkeypatch.setenv(name, value)
+    workdir, config = tmp_path / "rivals", tmp_path / "config.py"
+    config.write_text(COMPRESSING)
+    raw = runpy.run_path(str(config))["get_config"]().to_dict()
+    trials = grid.expand(raw["base"], raw["grid"], workdir, raw["cases"])
+    [trial] = rivals.requested(trials, **raw["compress"])
+    rounded, pruned = (compressed.directory_of(trial.directory, request) for request in trial.compressions)
+    (pruned / compressed.MODEL_FILE).mkdir(parents=True)  # in the way
+    (workdir / "sweep.json").write_text(json.dumps({"base": raw["base"]}))
+
+    program = [*(sys.executable, "-m", "experiments.sweep"), f"--config={config}", f"--workdir={workdir}"]
+    found = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert found.returncode == 1, found.stderr
+    assert "Traceback" not in found.stderr
+    cause = f"bvit_jax.model_config.ConfigError: out = {str(pruned)!r}: it cannot be written to ([Errno 21] Is a dir"
+    assert f"{trial.label:<40} failed     {cause}" in found.stdout
+    assert f"failed: {trial.label}: {cause}" in found.stdout
+    [row] = rows(workdir)
+    assert (row["status"], row["test_accuracy"]) == ("failed", str(trial.result["test_accuracy"]))
+    assert [trial.compressed(request) is not None for request in trial.compressions] == [True, False]
+    made = rows(workdir, "rivals.csv")
+    assert [row["compression"] for row in made] == ["as trained", "rounding_8bit", "prune_0.5"]
+    assert int(made[1]["bytes_full"]) == (rounded / compressed.MODEL_FILE).stat().st_size
+    assert made[1]["accuracy_before"] == made[0]["test_accuracy"]
+    assert made[2]["test_accuracy"] == ""
+    summary = (workdir / "summary.md").read_text()
+    assert "| dense, rounding_8bit |" in summary
+    assert "| dense, prune_0.5 |" not in summary
+    assert (workdir / "plots" / "rivals.png").stat().st_size > 0
+
+    failed, ended = Failures(workdir / "errors"), list[sweep.Trial]()
+
+    def go_on(retry_failed: bool) -> None:
+        cache, notice = workdir / "compilation_cache", preemption.Notice(joined=False)
+        executor.run_trials([trial], failed, 1, retry_failed, cache, ended.append, notice)
+
+    go_on(retry_failed=False)
+    assert ended == []
+    (pruned / compressed.MODEL_FILE).rmdir()
+    (rounded / compressed.RESULT_FILE).unlink()
+    before = times(trial.directory)
+    go_on(retry_failed=True)
+    assert (ended, failed.status(trial)) == ([trial], "ok")
+    assert times(trial.directory) == before  # not trained again
+    go_on(retry_failed=True)
+    assert ended == [trial]
