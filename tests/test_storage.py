@@ -294,7 +294,11 @@ GROUPS = ((0, 1, 0), (0, 0, 1))
         ),
         ("dense", {"ranks": {UP: (1,)}}, f"ranks of {UP} = 1: it must be 2, one a matrix"),
         ("standard", {"ranks": {UP_EXPERTS: (1, 1)}}, f"ranks of {UP_EXPERTS} = 2: it must be 6, one a matrix"),
-        ("dense", {"ranks": {UP: (6, 7)}}, f"rank of {UP} = 7: it must be such that factors are fewer numbers than (6, 10), or 6"),
+        (
+            "dense",
+            {"ranks": {UP: (6, 7)}},
+            f"rank of {UP} = 7: it must be such that factors are fewer numbers than (6, 10), or 6",
+        ),
         ("dense", {"kept": {UP: 121}}, f"kept weights of {UP} = 121: it must be at most 120"),
         (
             "dense",
