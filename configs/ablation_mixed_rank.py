@@ -2,7 +2,7 @@
 
 Command:   python -m experiments.sweep --config=configs/ablation_mixed_rank.py
 Hardware:  2 CPU cores
-Time:      14 min of trials and compression, two at a time, with other work on the cores
+Time:      28 min of trials in all, two at a time, with other work on the cores
 Result:    digits with 60 % fewer numbers: 98.05 -> 97.35 %, 0.70 ± 0.40 points lost (docs/rivals.md)
 """
 

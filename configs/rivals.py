@@ -8,7 +8,7 @@ of rank 4, which take those of stored ones.
 
 Command:   python -m experiments.sweep --config=configs/rivals.py
 Hardware:  2 CPU cores
-Time:      35 min of trials and compression, two at a time, with other work on the cores
+Time:      69 min of trials in all, two at a time, with other work on the cores
 Result:    docs/rivals.md; two seeds so far
 """
 
