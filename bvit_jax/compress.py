@@ -69,14 +69,15 @@ def _round(source: Source, request: Request) -> Compressed:
 def _quantise(source: Source, request: Request) -> Compressed:
     changed, scales = source.copy(), dict[str, np.ndarray]()
     integers: Precision = _INTEGERS[request.bits]
+    formats = _formats(source.model, request.bits)
 
     def fit(wanted: LinearMap, moments: Moments) -> np.ndarray:
         rounded = rounding.calibrated(wanted.of(source.used), moments.own_IxI, integers)
         _take(wanted, rounded, changed, scales)
         return rounded.matrix
 
-    source.front_to_back(_formats(source.model, request.bits), fit)
-    return source.finished(changed, _formats(source.model, request.bits), scales=scales)
+    source.front_to_back(formats, fit)
+    return source.finished(changed, formats, scales=scales)
 
 
 def _take(wanted: LinearMap, rounded: rounding.Rounded, params: FlatParams, scales: dict[str, np.ndarray]) -> None:

@@ -47,7 +47,7 @@ class Result:
     """What a compression cost and what it is worth; "before" is the run as trained, packed in the formats of training.
 
     Attributes:
-        method, keep, bits, calibration_images: as in `compress.Request`.
+        method, keep, bits, calibration_images: as in `compress_request.Request`.
         config_digest, step: of the run and of its checkpoint.
         family: of the model.
         numbers_before, numbers: of the model, all and those that are stored.
@@ -102,7 +102,6 @@ class Run:
         Raises:
             ConfigError: as `trained.best_params`, or if its images are not there or others.
         """
-        self._workdir = workdir
         self.config, self.step, self._params = trained.best_params(workdir)
         found = data.opened(self.config.data)
         run_images.check(workdir, self.config.data.name, found)
