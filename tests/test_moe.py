@@ -258,12 +258,14 @@ def test_ternary_experts_are_standard_ones_of_quantised_matrices(scale: str) -> 
     kernels = {name: ternary.quantise(params[name], scale) for name in ("up_kernel", "down_kernel")}
     apply = jit(lambda layer, params: layer.apply({"params": params}, x, train=False), static_argnums=0)
     found = apply(layer, params)
-    chex.assert_trees_all_equal(found, apply(LAYERS["standard"](small(family="standard", **changes)), params | kernels))
+    # Rounding inside the program or before it: the same numbers, added in an order that is the compiler's.
+    standard = apply(LAYERS["standard"](small(family="standard", **changes)), params | kernels)
+    chex.assert_trees_all_close(found, standard, rtol=1e-4, atol=1e-5)
     floats, _ = apply(LAYERS["standard"](small(family="standard", **changes)), params)
     assert jnp.abs(found[0] - floats).max() > 0.1
     # Matrices that are rounded already, as a file holds them, are used as they are.
     deployed = small(family="ternary", **changes).deployed()
-    chex.assert_trees_all_equal(found, apply(LAYERS["ternary"](deployed), params | kernels))
+    chex.assert_trees_all_close(found, apply(LAYERS["ternary"](deployed), params | kernels), rtol=1e-4, atol=1e-5)
 
 
 OUTPUTS: dict[str, dict[str, Any]] = {
@@ -387,6 +389,7 @@ def test_bfloat16_compute(case: str) -> None:
         assert dtypes[3, 12] == (jnp.float32, jnp.float32)
 
 
+@pytest.mark.every_platform
 def test_standard_experts_go_by_tiles_on_tpus_by_blocks_on_cpus_and_ragged_elsewhere() -> None:
     layer, params, x = make_layer(small(family="standard", num_experts=16, d_model=32, d_ff=64), batch=16)
     traced = jax.jit(lambda p, x: layer.apply({"params": p}, x, train=False)[0]).trace(params, x)
