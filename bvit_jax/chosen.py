@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from bvit_jax import platforms
+
 
 def where_chosen(
     function: Callable[..., jax.Array], chosen_B: jax.Array, images_B: jax.Array, *arguments_B: Any
@@ -33,5 +35,5 @@ def where_chosen(
         return jax.vmap(one)(operands_B)
 
     operands_B = (chosen_B, images_B, *arguments_B)
-    result_B: jax.Array = jax.lax.platform_dependent(*operands_B, cpu=one_by_one, default=at_once)
+    result_B: jax.Array = platforms.dependent(*operands_B, cpu=one_by_one, default=at_once)
     return result_B

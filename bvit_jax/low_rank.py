@@ -18,7 +18,7 @@ import functools
 import flax.linen as nn
 import jax
 
-from bvit_jax import dispatch, mixture, sharding
+from bvit_jax import dispatch, mixture, platforms, sharding
 from bvit_jax.model_config import ModelConfig
 
 Params = dict[str, jax.Array]
@@ -85,7 +85,7 @@ def _apply(params: Params, x_BxTxD: jax.Array, expert_BxTxK: jax.Array) -> jax.A
     """Applies experts to the tokens of one device, grouped as suits the platform that this is lowered for."""
     x_TxD, expert_TxK = x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), expert_BxTxK.reshape(-1, expert_BxTxK.shape[-1])
     block = dispatch.default_block(expert_TxK.size, params["up_left"].shape[0])
-    y_NxD = jax.lax.platform_dependent(
+    y_NxD = platforms.dependent(
         params,
         x_TxD,
         expert_TxK,

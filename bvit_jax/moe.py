@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from bvit_jax import butterfly, dispatch, exchange, low_rank, mixture, packing, rotated, sharding, ternary
+from bvit_jax import butterfly, dispatch, exchange, low_rank, mixture, packing, platforms, rotated, sharding, ternary
 from bvit_jax.model_config import ModelConfig
 
 _kernel_init = nn.initializers.xavier_uniform()
@@ -122,7 +122,7 @@ def _on_mesh(
 def _stored_experts(params: dict[str, jax.Array], rows_NxD: jax.Array, expert_N: jax.Array) -> jax.Array:
     """Applies the FFN of stored experts, each row by its expert's."""
     block = dispatch.default_block(expert_N.shape[0], params["up_kernel"].shape[0])
-    return jax.lax.platform_dependent(
+    return platforms.dependent(
         params,
         rows_NxD,
         expert_N,

@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bvit_jax import block_rotation, blocks, butterfly, dispatch
+from bvit_jax import block_rotation, blocks, butterfly, dispatch, platforms
 from bvit_jax.kernels import fused
 from bvit_jax.kernels.cut import Cut, Side, UnfitError, choose
 from bvit_jax.kernels.ffn import Weights
@@ -79,8 +79,8 @@ _FEW_ROWS = 512
 """Rows up to which sorting them does not pay on a CPU."""
 
 
-class _Layer(NamedTuple):
-    """y = B_after(B_before(x) W) + b."""
+class Turned(NamedTuple):
+    """y = B_after(B_before(x) W) + b, each B that of the row's expert."""
 
     before: Side
     weights_DxO: jax.Array
@@ -105,7 +105,7 @@ def apply(config: ModelConfig, params: Params, x_BxTxD: jax.Array, expert_BxTxK:
         return jnp.zeros((*expert_BxTxK.shape, width), x_BxTxD.dtype)
     x_TxD, expert_TxK = x_BxTxD.reshape(-1, config.d_model), expert_BxTxK.reshape(-1, config.top_k)
     paths = _PATHS[config.dispatch](config, x_TxD, expert_TxK)
-    y_TxKxF = jax.lax.platform_dependent(params, x_TxD, expert_TxK, **paths)
+    y_TxKxF = platforms.dependent(params, x_TxD, expert_TxK, **paths)
     return y_TxKxF.reshape(*expert_BxTxK.shape, width)
 
 
@@ -175,7 +175,7 @@ def _by_rows(config: ModelConfig, params: Params, x_TxD: jax.Array, expert_TxK: 
         angles = params[f"{side.name}_angles"]
         return butterfly.rotate(x_NxD, angles, side.stages, inverse=side.inverse, expert=expert_N)
 
-    for number, layer in enumerate(_layers(config, params)):
+    for number, layer in enumerate(products(config, params)):
         h_NxO = turn(layer.before, nn.gelu(x_NxD) if number else x_NxD) @ layer.weights_DxO
         x_NxD = turn(layer.after, h_NxO) + layer.bias_O.reshape(1, -1)
     return x_NxD.reshape(*expert_TxK.shape, -1)
@@ -185,7 +185,7 @@ def _by_blocks(
     config: ModelConfig, block: int, tile: int, params: Params, x_TxD: jax.Array, expert_TxK: jax.Array
 ) -> jax.Array:
     grouping = dispatch.group(expert_TxK.reshape(-1), config.num_experts, block, tile)
-    layers = _layers(config, params)
+    layers = products(config, params)
     rotations = tuple(
         (_rotation(layer.before, layer.weights_DxO.shape[0]), _rotation(layer.after, layer.weights_DxO.shape[1]))
         for layer in layers
@@ -215,7 +215,7 @@ def _cut(config: ModelConfig, x_TxD: jax.Array, expert_TxK: jax.Array) -> Cut:
 
 
 def _fused(config: ModelConfig, cut: Cut, params: Params, x_TxD: jax.Array, expert_TxK: jax.Array) -> jax.Array:
-    up, down = _layers(config, params)
+    up, down = products(config, params)
     angles = {side.name: _angles(config, params, side) for side in (up.before, up.after, down.before, down.after)}
     weights = Weights(up.weights_DxO, up.bias_O, down.weights_DxO)
     return fused.apply(cut, x_TxD, expert_TxK, angles, weights, down.bias_O)
@@ -236,12 +236,12 @@ def _sides(config: ModelConfig) -> list[tuple[Side, Side]]:
     ]
 
 
-def _layers(config: ModelConfig, params: Params) -> list[_Layer]:
-    """Sets the parameters of the layers beside their rotations."""
+def products(config: ModelConfig, params: Params) -> list[Turned]:
+    """Lists the products that an expert is made of, with their rotations; parameters as for `apply`."""
     layers = []
     for number, (names, (before, after)) in enumerate(zip(_FORMS[config.form], _sides(config), strict=True)):
         weights = params[names.weights]
         weights = weights.T if number and config.form == "tied" else weights
         bias = params[names.bias] if names.bias else jnp.zeros(weights.shape[1], weights.dtype)
-        layers.append(_Layer(before, weights, after, bias))
+        layers.append(Turned(before, weights, after, bias))
     return layers

@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bvit_jax import platforms
 from bvit_jax.model_config import ModelConfig, require
 
 DATA, EXPERT, MODEL = "data", "expert", "model"
@@ -76,9 +77,15 @@ class Placement:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Makes mesh and rules known to the modules; for use around what is traced."""
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+        """Makes mesh, rules and platform known to the modules; for use around what is traced."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh), platforms.lowered_for(self.platform):
             yield
+
+    @property
+    def platform(self) -> str:
+        """Of the devices: `cpu`, `tpu`, ..."""
+        platform: str = self.mesh.devices.flat[0].platform
+        return platform
 
     @property
     def batch(self) -> NamedSharding:

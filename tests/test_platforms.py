@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bvit_jax import platforms, sharding
+from tests.conftest import make_model
+
+pytestmark = pytest.mark.every_platform
+
+
+def ways(traced: list[str]):
+    """Returns functions that note when they are traced: x + 1 on CPUs, x + 2 on TPUs, x + 3 elsewhere."""
+
+    def way(name: str, number: float):
+        def add(x: jax.Array) -> jax.Array:
+            traced.append(name)
+            return x + number
+
+        return add
+
+    return {name: way(name, number) for name, number in (("cpu", 1.0), ("tpu", 2.0), ("default", 3.0))}
+
+
+def program(traced: list[str], platform: str | None):
+    def of(x: jax.Array) -> jax.Array:
+        if platform is None:
+            return platforms.dependent(x, **ways(traced))
+        with platforms.lowered_for(platform):
+            return platforms.dependent(x, **ways(traced))
+
+    return jax.jit(of)
+
+
+@pytest.mark.parametrize(("platform", "added"), [("cpu", 1.0), ("tpu", 2.0), ("cuda", 3.0)])
+def test_a_known_platform_traces_its_way_alone(platform: str, added: float) -> None:
+    traced: list[str] = []
+    assert program(traced, platform)(jnp.zeros(())) == added
+    assert traced == [platform if platform != "cuda" else "default"]
+
+
+def test_an_unknown_platform_is_chosen_when_the_program_is_lowered() -> None:
+    traced: list[str] = []
+    found = program(traced, None).trace(jnp.zeros(()))
+    assert set(traced) == {"cpu", "tpu", "default"}
+    for platform, added in (("cpu", "1.0"), ("tpu", "2.0"), ("cuda", "3.0")):
+        text = found.lower(lowering_platforms=(platform,)).as_text()
+        assert [f"dense<{number}" in text for number in ("1.0", "2.0", "3.0")] == [
+            number == added for number in ("1.0", "2.0", "3.0")
+        ]
+
+
+def test_the_platform_is_forgotten_again_even_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), platforms.lowered_for("tpu"), platforms.lowered_for("cpu"):
+        raise ZeroDivisionError
+    traced: list[str] = []
+    assert program(traced, None)(jnp.zeros(())) == 1.0
+    assert len(traced) == 3
+
+
+def test_a_placement_knows_its_platform() -> None:
+    traced: list[str] = []
+
+    def of(x: jax.Array) -> jax.Array:
+        with sharding.place(make_model(), 16).active():
+            return platforms.dependent(x, **ways(traced))
+
+    assert jax.jit(of)(jnp.zeros(())) == 1.0
+    assert traced == ["cpu"]
