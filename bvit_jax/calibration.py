@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from bvit_jax import components, data, mixture, pixels, vit
+from bvit_jax import components, data, mixture, pixels, platforms, vit
 from bvit_jax.encoding import nest
 from bvit_jax.model_config import ModelConfig
 
@@ -206,7 +206,8 @@ def _in_batches(function: Callable[[Any], Any], images: np.ndarray) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _embedded(model: ModelConfig, params: Any, images_BxHxWxc: jax.Array) -> jax.Array:
     """Returns what the first layer gets; the compiler drops the rest."""
-    _, found = vit.Vit(model).apply({"params": params}, images_BxHxWxc, mutable=["intermediates"])
+    with platforms.lowered_here():
+        _, found = vit.Vit(model).apply({"params": params}, images_BxHxWxc, mutable=["intermediates"])
     embedded: jax.Array = found["intermediates"]["embedded"][0]
     return embedded
 
@@ -226,6 +227,6 @@ def _run(model: ModelConfig, is_moe: bool, params: Any, x_BxTxD: jax.Array) -> t
                 found["ffn"], found["experts"] = arguments[0], result[0].experts_BxTxK
         return result
 
-    with nn.intercept_methods(note):
+    with nn.intercept_methods(note), platforms.lowered_here():
         output, _ = vit.Block(model, is_moe, train=False).apply({"params": params}, x_BxTxD, None, None)
     return output, found

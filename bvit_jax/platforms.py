@@ -28,6 +28,11 @@ def lowered_for(platform: str) -> Iterator[None]:
         _known.reset(token)
 
 
+def lowered_here() -> contextlib.AbstractContextManager[None]:
+    """As `lowered_for` the platform of JAX's first device, where arrays are that have been put nowhere else."""
+    return lowered_for(jax.devices()[0].platform)
+
+
 def dependent(*operands: jax.Array | dict[str, jax.Array], **ways: Callable[..., jax.Array]) -> jax.Array:
     """Applies the way of the platform that the program is lowered for.
 

@@ -57,6 +57,13 @@ def test_the_platform_is_forgotten_again_even_after_an_error() -> None:
     assert len(traced) == 3
 
 
+def test_the_first_device_is_here() -> None:
+    traced: list[str] = []
+    with platforms.lowered_here():
+        assert platforms.dependent(jnp.zeros(()), **ways(traced)) == 1.0
+    assert traced == ["cpu"]
+
+
 def test_a_placement_knows_its_platform() -> None:
     traced: list[str] = []
 
