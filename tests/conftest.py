@@ -14,11 +14,13 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests run side by side, and threads of linear algebra that wait for a core crawl.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Compiling costs more here than running.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 import jax
 import pytest
 
-from bvit_jax import topology
+from bvit_jax import platforms, topology
 from bvit_jax.config import Config, resolve
 from bvit_jax.model_config import ModelConfig
 from configs import digits
@@ -34,6 +36,12 @@ _STRICT = (
     *("test_ternary", "test_butterfly", "test_packing", "test_precision"),
     *("test_losses", "test_routing", "test_dispatch", "test_low_rank", "test_mixture", "test_moe", "test_vit"),
 )
+
+_EVERY_PLATFORM = (
+    *("test_rotated", "test_dispatch", "test_chosen", "test_low_rank", "test_topology", "test_hlo", "test_bench"),
+    *("test_bench_compiled", "test_compile_report", "test_kernel_fused", "test_kernel_ffn", "test_kernel_rotation"),
+)
+"""Modules whose programs are traced for all platforms, as they are outside of tests."""
 
 
 # Every family, and every form of the butterfly one.
@@ -70,11 +78,9 @@ def make_model(**changes: object) -> ModelConfig:
 
 def environment(devices: int) -> dict[str, str]:
     """Returns the environment of a process that has that many CPU devices."""
-    # Compiling costs more here than running.
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "NPROC": "16",  # devices that wait for each other need a thread each, however few cores there are
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
@@ -97,7 +103,8 @@ def on_devices(count: int, function: Callable[[], Any]) -> Any:
 
 
 def _keep(module: str, name: str, path: str) -> None:
-    returned = getattr(__import__(module, fromlist=[name]), name)()
+    with contextlib.nullcontext() if module in _EVERY_PLATFORM else platforms.lowered_for("cpu"):
+        returned = getattr(__import__(module, fromlist=[name]), name)()
     Path(path).write_bytes(pickle.dumps(returned))
 
 
@@ -118,6 +125,15 @@ def programs_of_one_module() -> Iterator[None]:
 def uncached() -> Iterator[None]:
     """Keeps programs for TPUs out of the cache: without a TPU they could not be read back."""
     with topology.uncached():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cpus_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Traces what is for CPUs alone, which takes a fraction of the time."""
+    module = request.module.__name__.rsplit(".", 1)[-1]
+    every = module in _EVERY_PLATFORM or request.node.get_closest_marker("every_platform") is not None
+    with contextlib.nullcontext() if every else platforms.lowered_for("cpu"):
         yield
 
 
