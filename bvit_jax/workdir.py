@@ -142,6 +142,22 @@ def locked(directory: Path, patience_seconds: float, flag: str = "workdir") -> I
                     lock.truncate(0)
 
 
+def holder(directory: Path) -> str | None:
+    """Returns who works in a directory, "host H, process P"; None if nobody does, as far as can be told by looking.
+
+    A process of this machine must be running; one of another must have written its lock in the last `STALE_SECONDS`.
+    """
+    path = directory / LOCK_FILE
+    found = _read(path)
+    if found is None:
+        return None
+    if found.is_of_machine(_Holder(socket.gethostname(), _boot(), os.getpid())):
+        working = found.process == os.getpid() or _is_running(found.process)
+    else:
+        working = time.time() - path.stat().st_mtime < STALE_SECONDS
+    return str(found) if working else None
+
+
 def _acquire(path: Path, own: _Holder, patience_seconds: float, name: str) -> tuple[BinaryIO, _Holder | None]:
     """Returns the open lock once it is this process's, and its dead holder."""
     start = time.monotonic()

@@ -1,0 +1,79 @@
+"""How far a run is, by what lies in its directory; nothing is written there, and a run that goes on is left alone."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from bvit_jax import journal, metrics, trained
+from bvit_jax import workdir as workdirs
+from bvit_jax.config import Config
+
+Status = Literal["finished", "going on", "stopped", "not begun"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunState:
+    """One run.
+
+    Attributes:
+        path: its directory.
+        config: its configuration.
+        status: `finished` with a result; else `going on` while a process holds the directory, `stopped` if none does,
+            and `not begun` if no step has been recorded either.
+        steps: recorded so far.
+        note: why it stands where it stands, for people; empty of a finished run.
+        result: the content of `result.json`; None if there is none.
+        incidents: the rows of `incidents.jsonl`.
+        metrics: the rows of `metrics.jsonl`: step, split, loss, accuracy, nll, ...; some are nan in rows of a split.
+    """
+
+    path: Path
+    config: Config
+    status: Status
+    steps: int
+    note: str
+    result: dict[str, Any] | None
+    incidents: list[dict[str, Any]]
+    metrics: pd.DataFrame
+
+    @property
+    def progress(self) -> str:
+        """Says how far it is, in a few words."""
+        total = self.config.total_steps
+        if self.status == "finished":
+            return f"finished, {total:,} steps"
+        return f"{self.status} at step {self.steps:,} of {total:,}" + (f": {self.note}" if self.note else "")
+
+
+def read(workdir: str | os.PathLike[str]) -> RunState:
+    """Looks at the directory of a run.
+
+    Raises:
+        ConfigError: if it is none (`trained.config_of`).
+    """
+    path = Path(workdir)
+    config = trained.config_of(path, f"workdir = {str(path)!r}")
+    rows = metrics.read_rows(path / "metrics.jsonl")
+    result = _result(path)
+    incidents = journal.read(path)
+    holder = workdirs.holder(path)
+    steps = max((int(row.get("step", 0)) for row in rows), default=0)
+    status: Status = "stopped" if steps else "not begun"
+    note = str(incidents[-1].get("text", "")) if incidents else ""
+    if result is not None:
+        status, note = "finished", ""
+    elif holder is not None:
+        status, note = "going on", holder
+    return RunState(path, config, status, steps, note, result, incidents, pd.DataFrame(rows))
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((path / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
