@@ -76,13 +76,15 @@ def _gram(opened: Opened, layer: calibration.Layer, name: str, experts_n: np.nda
 def output_diversity(opened: Opened, seen: SeenRouting, most: int = MOST) -> list[Diversity]:
     """Compares the experts of each layer by what they give for the same tokens, whatever the router says.
 
-    The tokens are spread evenly over those of the images: as many as make `expert_use.PAIRS` rows with all experts.
+    The tokens are drawn from those of all images, always the same: as many as make `expert_use.PAIRS` rows with all
+    experts.
     """
     experts_n = _spread(opened.model.num_experts, most)
     found = []
     for layer, x_BxTxD in zip(opened.mixtures, seen.x_MxBxTxD, strict=True):
         x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-        wanted = _spread(len(x_NxD), max(expert_use.PAIRS // opened.model.num_experts, 1))
+        count = max(expert_use.PAIRS // opened.model.num_experts, 1)
+        wanted = np.random.default_rng(0).permutation(len(x_NxD))[:count]
         y_1xNxExD = _outputs(opened.model, opened.ffn(layer), jnp.asarray(x_NxD[wanted])[None])
         y_Nxnxd = np.asarray(y_1xNxExD[0][:, experts_n], np.float64)
         unit = y_Nxnxd / np.maximum(np.linalg.norm(y_Nxnxd, axis=-1, keepdims=True), _TINY)

@@ -50,6 +50,9 @@ def diversity_pairs(found: Sequence[Diversity]) -> Picture:
             picture = figures.heatmap(axes, one.values_nxn, 0.0, max(high, 1e-6))
             axes.set_aspect("equal")
             axes.set_title(f"layer {one.layer}")
+            ticks = figures.some(len(one.experts_n), 8)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_ticks(ticks, [str(one.experts_n[tick]) for tick in ticks])
             axes.set_xlabel("expert")
         panels[0].set_ylabel("expert")
         figure.colorbar(picture, ax=list(panels), label="1 - cosine", shrink=0.8)
@@ -80,10 +83,10 @@ def angles(found: Mapping[tuple[int, str, int], np.ndarray]) -> Picture:
             axes.set_xlabel("angle (radians)")
         panels[0].set_ylabel("density (1/radian)")
         handles, names = max((axes.get_legend_handles_labels() for axes in panels), key=lambda pair: len(pair[1]))
-        figure.legend(handles, names, loc="outside lower center", ncols=6)
+        figure.legend(handles, names, loc="outside lower center", ncols=2 if len(rotations) == 1 else 6)
 
-    caption = """Angles of the rotations, of all experts and mixture layers together, stage by stage. A peak at 0 means
-        pairs of channels that no expert turns; angles rounded to few bits stand in spikes."""
+    caption = """Angles of the rotations, of all experts and mixture layers together, stage by stage. A peak at 0 is of
+        pairs of channels that are hardly turned; angles rounded to few bits stand in spikes."""
     width = figures.COLUMN if len(rotations) == 1 else figures.PAGE
     return figures.draw("angles", "Rotation angles", caption, (width, 2.3), onto)
 
@@ -116,9 +119,9 @@ def trits(table: pd.DataFrame) -> Picture:
 def outliers(table: pd.DataFrame) -> Picture:
     """Draws the outliers among inputs before and after rotation; `table` as of `outliers.outlier_table`."""
     meanings = {
-        "crest": "largest over RMS, of a token",
+        "crest": "largest over RMS channel of a token",
         "kurtosis": "excess kurtosis of a token",
-        "channels": "largest over median channel",
+        "channels": "largest over median RMS of a channel",
     }
     layers = tuple(sorted(set(table["layer"])))
 
@@ -126,13 +129,16 @@ def outliers(table: pd.DataFrame) -> Picture:
         for axes, (measure, meaning) in zip(figure.subplots(1, 3), meanings.items(), strict=True):
             for number, where in enumerate(("before", "after")):
                 part = table[table["where"] == where]
-                style = {"color": plots.COLOURS[number], "marker": plots.MARKERS[number], "label": f"{where} rotation"}
-                axes.plot(part["layer"], part[measure], **style)
-            axes.set_title(meaning)
+                style: dict[str, Any] = {"color": plots.COLOURS[number], "marker": plots.MARKERS[number], "capsize": 2}
+                half = part[f"{measure}_interval"].fillna(0) if f"{measure}_interval" in part else None
+                beside = part["layer"] + 0.08 * (number - 0.5)
+                axes.errorbar(beside, part[measure], half, label=f"{where} rotation", **style)
+            axes.set_ylabel(meaning)
             figures.layer_axis(axes, layers)
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=2)
 
     caption = """Outliers among the channels of what experts are given, before and after each turns it. Lower is more
-        even; Gaussian channels have kurtosis 0. Means over tokens, and over the experts of each."""
+        even; Gaussian channels have kurtosis 0. Means over tokens, and over the experts of each, with 95 % confidence
+        intervals over images; of channels no interval is known."""
     return figures.draw("outliers", "Do rotations spread outliers?", caption, (figures.PAGE, 2.3), onto)

@@ -39,14 +39,17 @@ def rows(model: ModelConfig, name: str, ffn: Any, experts_n: jax.Array, start: i
         start: the first row.
         count: b.
     """
-    inputs, _ = shape(model, name)
-    basis_bxI = jax.nn.one_hot(start + jnp.arange(count), inputs)
+    places_b = start + jnp.arange(count)
+
+    def rows_of(leaf: str, *experts: jax.Array) -> jax.Array:
+        return ffn[f"{name}_{leaf}"].at[*experts, places_b].get(mode="fill", fill_value=0)
+
     if model.stores_experts:
-        return basis_bxI @ ffn[f"{name}_kernel"][experts_n]
+        return rows_of("kernel", experts_n[:, None])
     if model.family == "low_rank":
-        thin_nxbxR = basis_bxI @ ffn[f"{name}_left"][experts_n]
-        return (basis_bxI @ ffn[f"{name}_kernel"])[None] + thin_nxbxR @ ffn[f"{name}_right"][experts_n]
+        return rows_of("kernel")[None] + rows_of("left", experts_n[:, None]) @ ffn[f"{name}_right"][experts_n]
     product = rotated.products(model, ffn)[names(model).index(name)]
+    basis_bxI = jax.nn.one_hot(places_b, shape(model, name)[0])
 
     def of_expert(expert: jax.Array) -> jax.Array:
         turned_bxI = turn(ffn, product.before, expert, basis_bxI)

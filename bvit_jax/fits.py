@@ -1,8 +1,9 @@
 """Laws of scaling with the number of experts E, fitted by least squares over single runs, with 95 % intervals.
 
-    accuracy = a + b log2 E       b: points of accuracy for each doubling
+    accuracy = a + b log2 E       b: gained by each doubling; accuracies are shares
     NLL = a E^b                   a line in log NLL on log E
-    bytes = a E^b                 likewise; a, and with it the interval, tells of the misfit, as bytes are counted
+    bytes = a E^b                 likewise, a point for each number of experts: bytes are counted, whatever the seed,
+                                  and the interval is of the misfit alone
 
 An interval is that of the slope by Student's t with n - 2 degrees of freedom, which takes the runs for independent:
 runs of one seed share images and start, and then it is a rough one.
@@ -55,7 +56,7 @@ class Fit:
         return found if self.law == "linear in log2 E" else self.constant * 2.0 ** (self.slope * x)
 
     def band(self, experts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the bounds of the 95 % confidence band of the mean; nan for two runs."""
+        """Returns the bounds of the 95 % confidence band of the mean, the geometric one of powers; nan for two runs."""
         x = np.log2(experts)
         half = _quantile(self.runs) * self.spread * np.sqrt(1 / self.runs + (x - self.centre) ** 2 / self.square_sum)
         middle = self.at(experts)
@@ -68,11 +69,14 @@ def fit(experts: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndar
     """Fits a law to runs, one value each.
 
     Raises:
-        ValueError: if there are fewer than two numbers of experts, or values for a power law that are not positive.
+        ValueError: if there are fewer than two numbers of experts, values that are not finite, or values for a power
+            law that are not positive.
     """
     e, y = np.asarray(experts, np.float64), np.asarray(values, np.float64)
     if len(np.unique(e)) < 2:
         raise ValueError(f"the runs have {len(np.unique(e))} number of experts; a law needs two at least")
+    if not np.isfinite(y).all():
+        raise ValueError(f"values of a law must be finite; there is {y[~np.isfinite(y)][0]}")
     power = law == "power of E"
     if power and not (y > 0).all():
         raise ValueError(f"a power law needs positive values; the least is {y.min()}")
@@ -118,9 +122,12 @@ def series_fits(results: pd.DataFrame) -> dict[tuple[str, str], Fit]:
     for series, runs in trained.groupby("series", sort=False):
         if runs["num_experts"].nunique() > 1:
             for column, law in LAWS.items():
-                values = runs[column].to_numpy(np.float64)
+                points = runs[["num_experts", column]].astype(np.float64)
+                if column.startswith("bytes"):
+                    points = points.drop_duplicates()
+                values = points[column].to_numpy()
                 if law == "linear in log2 E" or (values > 0).all():
-                    found[str(series), column] = fit(runs["num_experts"].to_numpy(), values, law)
+                    found[str(series), column] = fit(points["num_experts"].to_numpy(), values, law)
     return found
 
 

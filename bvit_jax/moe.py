@@ -50,8 +50,8 @@ class StandardMoe(nn.Module):
 
     On a mesh each device sorts its own rows by expert, and sends those of experts that are elsewhere along the axis
     `expert` (`bvit_jax.exchange`); hidden channels may be split over the axis `model`. The grouped products go by
-    tiles on TPUs and by blocks on CPUs (`bvit_jax.dispatch`); the choice is made when the program is lowered, for the
-    platform that it is lowered for.
+    tiles on TPUs and by blocks on CPUs (`bvit_jax.dispatch`), as the platform is that the program is lowered for
+    (`bvit_jax.platforms`).
     """
 
     config: ModelConfig

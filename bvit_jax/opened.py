@@ -96,16 +96,23 @@ def load(path: str | os.PathLike[str]) -> Opened:
         PackedFileError: if the file is no packed model, or is damaged.
     """
     place = Path(path)
-    if place.is_file():
-        return _of_file(place)
-    if (place / "model.safetensors").is_file():
-        return _of_file(place / "model.safetensors")
+    packed = packed_at(place)
+    if packed is not None:
+        return _of_file(packed)
     trials = sorted(found.name for found in place.glob("trials/*") if found.is_dir())
     if trials:
         one = str(place / "trials" / trials[0])
         raise ConfigError(f"{str(place)!r} is a sweep; open one of its runs, such as {one!r}")
     config, step, params = trained.best_params(place)
     return Opened(place, config, step, _model(config), as_used(params, config.model))
+
+
+def packed_at(path: Path) -> Path | None:
+    """Returns the packed file that a path stands for: itself, or that of a directory which is no run's; else None."""
+    if path.is_file():
+        return path
+    inside = path / "model.safetensors"
+    return inside if inside.is_file() and not (path / "config.json").is_file() else None
 
 
 def as_used(params: Any, model: ModelConfig) -> Any:

@@ -4,49 +4,71 @@ A token whose channels are few large ones and many small ones is hard to round, 
 measures of it, both of one token over its D channels, as means over tokens:
 
 - crest: largest magnitude over root mean square; 1 if all channels are as large, sqrt(D) if only one is not 0.
-- kurtosis: excess kurtosis, E[(x - m)^4] / s^4 - 3; 0 of Gaussian channels.
+- kurtosis: excess kurtosis, E[(x - m)^4] / s^4 - 3; about 0 of Gaussian channels.
 
 And one of channels: the largest root mean square of a channel over the median one; 1 if all are as large.
 
 Axes: N tokens, K experts selected, D d_model.
 """
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bvit_jax import calibration, expert_maps, rotated
+from bvit_jax import butterfly, calibration, intervals, rotated
+from bvit_jax.kernels.cut import Side
 from bvit_jax.opened import Opened
 from bvit_jax.seen_routing import SeenRouting
+
+_ROWS = 2048
+"""Tokens that are turned at a time."""
 
 
 def outlier_table(opened: Opened, seen: SeenRouting) -> pd.DataFrame:
     """Measures the inputs of each layer; two rows a layer, none of a model without rotations.
 
-    Columns: layer; where: `before` or `after` the rotation; crest, kurtosis, channels. After it a token counts once for
-    each of its K experts, as each turns it otherwise.
+    Columns: layer; where: `before` or `after` the rotation; crest, kurtosis, channels; crest_interval,
+    kurtosis_interval: half the 95 % confidence intervals of the means over images, nan for one. After the rotation a
+    token counts once for each of its K experts, as each turns it otherwise.
     """
     rows = []
     for index, layer in enumerate(opened.mixtures if opened.model.family == "butterfly" else ()):
         x_NxD = seen.x_MxBxTxD[index].reshape(-1, opened.model.d_model)
         experts_NxK = seen.experts_MxBxTxK[index].reshape(len(x_NxD), -1)
         turned_NxKxD = turned(opened, layer, x_NxD, experts_NxK)
-        rows.append({"layer": layer.index, "where": "before", **measures(x_NxD)})
-        rows.append({"layer": layer.index, "where": "after", **measures(turned_NxKxD.reshape(-1, x_NxD.shape[-1]))})
-    return pd.DataFrame(rows, columns=["layer", "where", "crest", "kurtosis", "channels"])
+        images, channels = len(seen.labels_B), x_NxD.shape[-1]
+        for where, x in (("before", x_NxD), ("after", turned_NxKxD)):
+            rows.append({"layer": layer.index, "where": where, **_with_intervals(x.reshape(images, -1, channels))})
+    columns = ["layer", "where", "crest", "crest_interval", "kurtosis", "kurtosis_interval", "channels"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _with_intervals(x_BxnxD: np.ndarray) -> dict[str, float]:
+    by_image = pd.DataFrame([measures(x_nxD) for x_nxD in x_BxnxD]).dropna()
+    halves = {f"{name}_interval": intervals.half_interval(by_image[name]) for name in ("crest", "kurtosis")}
+    return measures(x_BxnxD.reshape(-1, x_BxnxD.shape[-1])) | halves
 
 
 def turned(opened: Opened, layer: calibration.Layer, x_NxD: np.ndarray, experts_NxK: np.ndarray) -> np.ndarray:
     """Turns tokens as their experts do before the first product, float32 (N, K, D)."""
     ffn = opened.ffn(layer)
     side = rotated.products(opened.model, ffn)[0].before
+    x_NxKxD = np.repeat(x_NxD[:, None], experts_NxK.shape[1], axis=1)
+    if not side.stages:
+        return x_NxKxD
+    angles_ExA = ffn[f"{side.name}_angles"]
+    for start in range(0, len(x_NxKxD), _ROWS):
+        here = slice(start, start + _ROWS)
+        x_NxKxD[here] = _turn(side, angles_ExA, x_NxKxD[here], experts_NxK[here])
+    return x_NxKxD
 
-    def of_row(x_D: jax.Array, experts_K: jax.Array) -> jax.Array:
-        return jax.vmap(lambda expert: expert_maps.turn(ffn, side, expert, x_D))(experts_K)
 
-    return np.asarray(jax.jit(jax.vmap(of_row))(jnp.asarray(x_NxD), jnp.asarray(experts_NxK)))
+@functools.partial(jax.jit, static_argnums=0)
+def _turn(side: Side, angles_ExA: jax.Array, x_nxKxD: jax.Array, experts_nxK: jax.Array) -> jax.Array:
+    return butterfly.rotate(x_nxKxD, angles_ExA, side.stages, inverse=side.inverse, expert=experts_nxK)
 
 
 def measures(x_NxD: np.ndarray) -> dict[str, float]:

@@ -63,11 +63,17 @@ def _shown(part: Part) -> dict[str, str]:
     if isinstance(part, str):
         return {"kind": "text", "text": part}
     if isinstance(part, Table):
-        content = part.frame.to_html(index=False, border=0, na_rep="-", float_format=lambda value: f"{value:.4g}")
+        content = part.frame.map(_cell).to_html(index=False, border=0)
         return {"kind": "table", "caption": part.caption, "content": content}
     if isinstance(part, File):
         return {"kind": "picture", "title": part.title, "caption": "", "source": _data(part.path.read_bytes())}
     return {"kind": "picture", "title": part.title, "caption": part.caption, "source": _data(part.png())}
+
+
+def _cell(value: object) -> str:
+    if pd.isna(value):
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _data(png: bytes) -> str:

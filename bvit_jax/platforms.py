@@ -29,8 +29,9 @@ def lowered_for(platform: str) -> Iterator[None]:
 
 
 def lowered_here() -> contextlib.AbstractContextManager[None]:
-    """As `lowered_for` the platform of JAX's first device, where arrays are that have been put nowhere else."""
-    return lowered_for(jax.devices()[0].platform)
+    """As `lowered_for` the platform of JAX's default device, where arrays are that have been put nowhere else."""
+    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
+    return lowered_for(device if isinstance(device, str) else device.platform)
 
 
 def dependent(*operands: jax.Array | dict[str, jax.Array], **ways: Callable[..., jax.Array]) -> jax.Array:

@@ -9,7 +9,7 @@ how rows meet their angles:
 - `fused`: sorted too, then everything in one kernel for TPUs (`bvit_jax.kernels`); elsewhere it is interpreted, slowly.
 
 `auto` takes `fused` on TPUs if form and sizes allow it, `rows` for few rows on CPUs, and `blocks` otherwise. It chooses
-when the program is lowered, for the platform that it is lowered for. A program for several platforms at once
+for the platform that the program is lowered for (`bvit_jax.platforms`). A program for several platforms at once
 (`jax.export`) needs `rows` or `blocks`: JAX lowers a TPU's kernels for all of them.
 
 Axes: B batch, T tokens (of all images, within a path), K experts of a token, N rows, S slots (sorted and padded

@@ -15,14 +15,17 @@ from bvit_jax.figures import Picture
 from bvit_jax.opened import Images
 from bvit_jax.seen_routing import SeenRouting
 
-MOST_IMAGES, MOST_LAYERS, MOST_EXPERTS, MOST_PATCHES = 6, 4, 16, 10
+MOST_IMAGES, MOST_LAYERS, MOST_EXPERTS, MOST_PATCHES, MOST_CLASSES = 6, 4, 16, 10, 40
 """That one picture shows."""
 COLOURS = (*plots.COLOURS, "#F0E442")
 """Of the experts of a map: Okabe and Ito's eight."""
 _REST = "0.85"
 """Colour of the experts that have none of their own."""
 _NUMBERED = 100
-"""Patches of an image up to which each bears the number of its expert."""
+"""Patches of an image, and experts, up to which each patch bears the number of its expert."""
+_IN_ORDER = 128
+"""Experts up to which they stand in order; of more the order of the load shows extremes that a pixel would hide."""
+_TINY = 1e-9
 
 
 def routing_maps(seen: SeenRouting, images: Images) -> Picture:
@@ -70,7 +73,7 @@ def _colours(map_BxHxW: np.ndarray, num_experts: int) -> list[str]:
 
 def _map(axes: Axes, map_hxw: np.ndarray, colour_E: list[str]) -> None:
     axes.imshow(map_hxw, cmap=ListedColormap(colour_E), vmin=-0.5, vmax=len(colour_E) - 0.5, interpolation="nearest")
-    if map_hxw.size <= _NUMBERED:
+    if max(map_hxw.size, len(colour_E)) <= _NUMBERED:
         for (row, column), expert in np.ndenumerate(map_hxw):
             dark = colour_E[expert] in ("#000000", "#0072B2", "#D55E00")
             size = 7 if max(map_hxw.shape) <= 5 else 4.5
@@ -98,27 +101,30 @@ def _legend(axes: Axes, map_BxHxW: np.ndarray, colour_E: list[str]) -> None:
 def load(seen: SeenRouting, table: pd.DataFrame) -> Picture:
     """Draws load, entropy and labels of every expert of every layer; `table` as of `seen_routing.load_table`."""
     shape = (len(seen.layers), seen.num_experts)
-    classes = max(len(np.unique(seen.labels_B)), 2)
-    entropies = max(np.log(seen.num_experts), 1e-9)
-    panels = {
-        "load over balance": (table["share"].to_numpy() * seen.num_experts, 0.0, None),
-        "routing entropy over log E": (table["entropy"].to_numpy() / entropies, 0.0, 1.0),
-        "label entropy over log classes": (table["labels"].to_numpy() / np.log(classes), 0.0, 1.0),
+    of_labels = np.unique(seen.labels_B, return_counts=True)[1] / len(seen.labels_B)
+    all_labels = -float((of_labels * np.log(of_labels)).sum())
+    share, entropy, label = (table[name].to_numpy().reshape(shape) for name in ("share", "entropy", "labels"))
+    by_load = shape[1] > _IN_ORDER
+    order_MxE = np.argsort(-share, axis=1, kind="stable") if by_load else np.tile(np.arange(shape[1]), (shape[0], 1))
+    panels: dict[str, tuple[np.ndarray, float | None]] = {
+        "load over balance": (share * seen.num_experts, None),
+        "routing entropy over log E": (entropy / max(np.log(seen.num_experts), _TINY), 1.0),
+        "label entropy over all images'": (label / max(all_labels, _TINY), 1.0),
     }
 
     def onto(figure: Figure) -> None:
-        for axes, (title, (values, low, high)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-            shown = figures.heatmap(axes, values.reshape(shape), low, high)
+        for axes, (title, (values, high)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            shown = figures.heatmap(axes, np.take_along_axis(values, order_MxE, axis=1), 0.0, high)
             axes.set_title(title)
-            axes.set_xlabel("expert")
+            axes.set_xlabel("expert, by falling load" if by_load else "expert")
             axes.set_yticks(range(shape[0]), [str(layer) for layer in seen.layers])
             figure.colorbar(shown, ax=axes, location="bottom", shrink=0.9)
         figure.axes[0].set_ylabel("layer")
 
     caption = """Load: share of all (token, choice) pairs times E, 1 in balance. Routing entropy: of the probabilities
         of the tokens whose first choice the expert is; 0 if the router is sure, 1 if it does not care. Label entropy:
-        of the classes of those tokens; 0 if they are all of one class, 1 if it takes all classes alike. Light grey: the
-        expert is nobody's first choice."""
+        of the classes of those tokens, over that of the images; 0 if they are all of one class, 1 if it takes all
+        classes alike, less by chance where its tokens are few. Light grey: the expert is nobody's first choice."""
     return figures.draw("load", "What each expert gets", caption, (figures.PAGE, 1.9 + 0.16 * shape[0]), onto)
 
 
@@ -151,19 +157,24 @@ def agreement(table: pd.DataFrame) -> Picture:
 def labels(seen: SeenRouting, shares_MxCxE: np.ndarray) -> Picture:
     """Draws how the tokens of each class spread over the experts; `shares_MxCxE` as of `seen_routing.label_shares`."""
     rows = figures.some(len(seen.layers), 3)
+    every = np.unique(seen.labels_B)
+    classes = every[figures.some(len(every), MOST_CLASSES)]
 
     def onto(figure: Figure) -> None:
         panels = figure.subplots(1, len(rows), squeeze=False)[0]
-        high = float(np.nanmax(shares_MxCxE[rows]))
+        high = float(shares_MxCxE[rows][:, classes].max())
+        ticks = figures.some(len(classes), 10)
         for axes, index in zip(panels, rows, strict=True):
-            shown = figures.heatmap(axes, shares_MxCxE[index], 0.0, high)
+            shown = figures.heatmap(axes, shares_MxCxE[index, classes], 0.0, high)
             axes.set_title(f"layer {seen.layers[index]}")
             axes.set_xlabel("expert")
+            axes.set_yticks(ticks, [str(classes[tick]) for tick in ticks])
         panels[0].set_ylabel("class")
         figure.colorbar(shown, ax=list(panels), label="share of the class's tokens", shrink=0.9)
 
-    caption = """Of the tokens of each class, the share whose first choice each expert is. Columns that stand out in
-        some rows only are experts for some classes; equal rows mean that experts do not look at the class."""
+    caption = f"""Of the tokens of each class, the share whose first choice each expert is; {len(classes)} of the
+        {len(every)} classes seen. Columns that stand out in some rows only are experts for some classes; equal rows
+        mean that experts do not look at the class."""
     width = figures.COLUMN if len(rows) == 1 else figures.PAGE
     return figures.draw("labels", "Classes and experts", caption, (width, 2.5), onto)
 

@@ -21,6 +21,7 @@ from bvit_jax import (
     weight_tables,
 )
 from bvit_jax.config import Config
+from bvit_jax.diversity import Diversity
 from bvit_jax.model_config import ConfigError
 from bvit_jax.opened import Images, Opened
 from bvit_jax.page import Part, Section, Table
@@ -72,14 +73,14 @@ def of_file(path: Path, split: str, count: int) -> Report:
 
 def of_model(model: Opened, split: str, count: int) -> list[Section]:
     """Looks into a model with images of its data, if it routes and they are there."""
-    weights = _weights(model)
     if not model.mixtures:
         return [Section("Experts", ("A dense model: it has no experts.",))]
     try:
         images = model.images(split, count)  # type: ignore[arg-type]
     except ConfigError as error:
-        return [Section("Routing", (f"Not shown, as images are missing: {error}.",)), *weights]
-    return [*_routing(model, images), *weights]
+        missing = Section("Routing", (f"Not shown, as images are missing: {error}.",))
+        return [missing, _experts(diversity.weight_diversity(model)), *_weights(model)]
+    return [*_routing(model, images), *_weights(model)]
 
 
 def _state(state: RunState) -> tuple[Part, ...]:
@@ -119,21 +120,22 @@ def _routing(model: Opened, images: Images) -> list[Section]:
     smooth: list[Part] = ["An image is a single patch: there are no neighbours."]
     if len(near):
         smooth = [routing_figures.agreement(near), Table("Neighbours beside shuffled patches.", near)]
-    differ: list[Part] = ["One expert a layer: there is nothing to compare."]
     found = [*diversity.weight_diversity(model), *diversity.output_diversity(model, seen)]
-    table = diversity.diversity_table(found)
-    if len(table):
-        differ = [expert_figures.diversity(table), expert_figures.diversity_pairs(found)]
-        differ.append(Table("1 - cosine over all pairs of experts.", table))
-    sections = [
-        Section("Routing", tuple(routing)),
-        Section("In space", tuple(smooth)),
-        Section("Experts", tuple(differ)),
-    ]
+    sections = [Section("Routing", tuple(routing)), Section("In space", tuple(smooth)), _experts(found)]
     spread = outliers.outlier_table(model, seen)
     if len(spread):
         sections.append(Section("Outliers", (expert_figures.outliers(spread),)))
     return sections
+
+
+def _experts(found: list[Diversity]) -> Section:
+    table = diversity.diversity_table(found)
+    if not len(table):
+        return Section("Experts", ("One expert a layer: there is nothing to compare.",))
+    parts: list[Part] = [expert_figures.diversity(table)]
+    if any(one.of == "outputs" for one in found):
+        parts.append(expert_figures.diversity_pairs(found))
+    return Section("Experts", (*parts, Table("1 - cosine over all pairs of experts.", table)))
 
 
 def _weights(model: Opened) -> list[Section]:

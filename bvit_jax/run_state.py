@@ -13,6 +13,8 @@ from bvit_jax import workdir as workdirs
 from bvit_jax.config import Config
 
 Status = Literal["finished", "going on", "stopped", "not begun"]
+_ENDS: tuple[journal.Kind, ...] = ("preempted", "stopped", "unsaved")
+"""Incidents that end a process."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,7 +26,7 @@ class RunState:
         config: its configuration.
         status: `finished` with a result; else `going on` while a process holds the directory, `stopped` if none does,
             and `not begun` if no step has been recorded either.
-        steps: recorded so far.
+        steps: done so far, as is known from metrics and incidents.
         note: why it stands where it stands, for people; empty of a finished run.
         result: the content of `result.json`; None if there is none.
         incidents: the rows of `incidents.jsonl`.
@@ -59,11 +61,13 @@ def read(workdir: str | os.PathLike[str]) -> RunState:
     config = trained.config_of(path, f"workdir = {str(path)!r}")
     rows = metrics.read_rows(path / "metrics.jsonl")
     result = _result(path)
-    incidents = journal.read(path)
+    incidents = [row for row in journal.read(path) if isinstance(row, dict)]
     holder = workdirs.holder(path)
     steps = max((int(row.get("step", 0)) for row in rows), default=0)
-    status: Status = "stopped" if steps else "not begun"
-    note = str(incidents[-1].get("text", "")) if incidents else ""
+    ends = [row for row in incidents if row.get("kind") in _ENDS and int(row.get("step", 0)) >= steps]
+    steps = max([steps, *(int(row.get("step", 0)) for row in ends)])
+    status: Status = "stopped" if steps or ends else "not begun"
+    note = str(ends[-1].get("text", "")) if ends else ""
     if result is not None:
         status, note = "finished", ""
     elif holder is not None:

@@ -67,26 +67,28 @@ def route(opened: Opened, images: Images) -> SeenRouting:
     """
     if not opened.mixtures:
         raise ConfigError(f"{str(opened.path)!r} is a dense model: it routes nothing; open a mixture of experts")
-    parts = []
+    model, rows, columns = opened.model, *opened.model.grid
+    shape = (len(opened.mixtures), len(images), rows * columns + 1)
+    x = np.empty((*shape, model.d_model), np.float32)
+    probs = np.empty((*shape, model.num_experts), np.float32)
+    gates = np.empty((*shape, model.top_k), np.float32)
+    experts = np.empty((*shape, model.top_k), np.int32)
     for start in range(0, len(images), BATCH):
-        batch = images.pixels[start : start + BATCH]
-        parts.append(jax.device_get(_routed(opened.model, opened.params, batch)))
-    by_layer = [
-        [
-            jax.tree.map(lambda leaf, layer=layer: leaf[layer.repeat], part[layer.segment][layer.block])
-            for layer in opened.mixtures
-        ]
-        for part in parts
-    ]
-    joined = [jax.tree.map(lambda *leaves: np.stack(leaves), *layers) for layers in by_layer]
-    x, routed = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *joined)
+        here = slice(start, start + BATCH)
+        found = _routed(model, opened.params, images.pixels[here])
+        for index, layer in enumerate(opened.mixtures):
+            x_RxBxTxD, routed = found[layer.segment][layer.block]
+            x[index, here] = x_RxBxTxD[layer.repeat]
+            probs[index, here] = routed.probs_BxTxE[layer.repeat]
+            gates[index, here] = routed.gates_BxTxK[layer.repeat]
+            experts[index, here] = routed.experts_BxTxK[layer.repeat]
     return SeenRouting(
         layers=tuple(layer.index for layer in opened.mixtures),
-        grid=opened.model.grid,
+        grid=model.grid,
         x_MxBxTxD=x,
-        probs_MxBxTxE=routed.probs_BxTxE,
-        gates_MxBxTxK=routed.gates_BxTxK,
-        experts_MxBxTxK=routed.experts_BxTxK,
+        probs_MxBxTxE=probs,
+        gates_MxBxTxK=gates,
+        experts_MxBxTxK=experts,
         labels_B=images.labels,
     )
 
@@ -116,8 +118,9 @@ def load_table(seen: SeenRouting) -> pd.DataFrame:
 
     Columns: layer, expert; share: of all (token, choice) pairs, 1 / E if the load is in balance; probability: mean over
     all tokens; gate: mean weight where it is selected, nan if it never is; entropy: mean entropy of the routing
-    probabilities of the tokens whose first choice it is, nats; labels: entropy of the labels of those tokens, nats, log
-    C if it takes all classes alike. The last two are nan where it is nobody's first choice.
+    probabilities of the tokens whose first choice it is, nats; labels: entropy of the labels of those tokens, nats, as
+    large as that of all images' labels if it takes all classes alike, and smaller by chance where its tokens are few.
+    The last two are nan where it is nobody's first choice.
     """
     rows = []
     for index, layer in enumerate(seen.layers):
@@ -153,7 +156,7 @@ def layer_table(seen: SeenRouting) -> pd.DataFrame:
             "layer": seen.layers,
             "experts_used": expert_use.effective_numbers(shares_MxE),
             "unused": (shares_MxE == 0).sum(axis=1),
-            "entropy": _entropy(seen.probs_MxBxTxE).mean(axis=(1, 2)),
+            "entropy": [_entropy(probs_BxTxE).mean() for probs_BxTxE in seen.probs_MxBxTxE],
         }
     )
 

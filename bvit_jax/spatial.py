@@ -36,14 +36,14 @@ def agreement_table(seen: SeenRouting) -> pd.DataFrame:
     rows = []
     for index, layer in enumerate(seen.layers):
         experts_BxPxK = seen.experts_MxBxTxK[index, :, 1:]
-        probs_BxPxE = seen.probs_MxBxTxE[index, :, 1:].astype(np.float64)
+        probs_BxPxE = seen.probs_MxBxTxE[index, :, 1:]
         if experts_BxPxK.shape[1] < 2:
             continue
         shuffled_B = expected_agreement(experts_BxPxK, seen.num_experts)
         apart_B = expected_distance(probs_BxPxE)
         for direction, first, second in _neighbours(seen.grid):
             agreement_B = _agreement(experts_BxPxK[:, first], experts_BxPxK[:, second]).mean(axis=1)
-            distance_B = ((probs_BxPxE[:, first] - probs_BxPxE[:, second]) ** 2).sum(axis=-1).mean(axis=1)
+            distance_B = _distance(probs_BxPxE, first, second)
             excess_B, chance = agreement_B - shuffled_B, float(shuffled_B.mean())
             row = {
                 "layer": layer,
@@ -74,7 +74,7 @@ def expected_agreement(experts_BxPxK: np.ndarray, num_experts: int) -> np.ndarra
 def expected_distance(probs_BxPxE: np.ndarray) -> np.ndarray:
     """Returns the mean of ||p_a - p_b||^2 over all pairs of different patches of each image, float64 (B,)."""
     patches = probs_BxPxE.shape[1]
-    variance_B = probs_BxPxE.var(axis=1).sum(axis=-1)
+    variance_B = np.array([probs_PxE.var(axis=0, dtype=np.float64).sum() for probs_PxE in probs_BxPxE])
     found: np.ndarray = 2 * variance_B * patches / (patches - 1)
     return found
 
@@ -84,6 +84,12 @@ def _agreement(experts_BxpxK: np.ndarray, others_BxpxK: np.ndarray) -> np.ndarra
     common = (experts_BxpxK[..., :, None] == others_BxpxK[..., None, :]).sum(axis=(-2, -1))
     found: np.ndarray = common / experts_BxpxK.shape[-1]
     return found
+
+
+def _distance(probs_BxPxE: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Mean of ||p_a - p_b||^2 over pairs of patches, image by image for the sake of memory, float64 (B,)."""
+    wide = (probs_PxE.astype(np.float64) for probs_PxE in probs_BxPxE)
+    return np.array([((p[first] - p[second]) ** 2).sum(axis=-1).mean() for p in wide])
 
 
 def _neighbours(grid: tuple[int, int]) -> Iterator[tuple[Direction, np.ndarray, np.ndarray]]:

@@ -104,17 +104,22 @@ def _experts(means: pd.DataFrame) -> Picture:
 
     def onto(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        for style, _, line in _lines(known):
-            left.plot(line["num_experts"], 1 - line["output_cosine"], **style)
-            right.plot(line["num_experts"], line["experts_used"] / line["num_experts"], **style)
+        for style, series, _ in _lines(means):
+            line = known[known["series"] == series].sort_values("num_experts")
+            if len(line):
+                experts = line["num_experts"]
+                half, half_used = (line[f"{name}_interval"].fillna(0) for name in ("output_cosine", "experts_used"))
+                left.errorbar(experts, 1 - line["output_cosine"], half, capsize=2, **style)
+                right.errorbar(experts, line["experts_used"] / experts, half_used / experts, capsize=2, **style)
         for axes, label in ((left, "diversity of outputs, 1 - cosine"), (right, "effective share of experts used")):
             _expert_axis(axes, known)
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
         _legend(figure)
 
-    caption = """Whether experts differ and are used, means over layers and seeds: 1 minus the cosine between what two
-        experts give for one token, and the effective number of experts used over E."""
+    caption = """Whether experts differ and are used, means over layers and seeds with 95 % confidence intervals over
+        seeds: 1 minus the cosine between what two experts give for one token, and the effective number of experts used
+        over E."""
     return figures.draw("experts", "Do experts differ, and are they used?", caption, _size(2.6, known), onto)
 
 
@@ -122,7 +127,8 @@ def _lines(means: pd.DataFrame) -> list[tuple[dict[str, Any], str, pd.DataFrame]
     """Returns style, name and rows, by rising experts, of each curve."""
     found = []
     for number, (series, line) in enumerate(means.groupby("series", sort=False)):
-        style: dict[str, Any] = {"color": plots.COLOURS[number % 7], "marker": plots.MARKERS[number % 7]}
+        marker = plots.MARKERS[(number + number // 7) % 7]  # with its colour, of 49 series each its own
+        style: dict[str, Any] = {"color": plots.COLOURS[number % 7], "marker": marker}
         style |= {"label": str(series), "linestyle": ("-", "--", ":")[number // 7 % 3]}
         found.append((style, str(series), line.sort_values("num_experts")))
     return found
@@ -147,7 +153,8 @@ def _law(axes: Axes, fit: Fit | None, experts: pd.Series, unit: float, style: di
 def _expert_axis(axes: Axes, means: pd.DataFrame) -> None:
     counts = sorted(set(means.loc[means["family"] != "dense", "num_experts"])) or [1]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [str(count) for count in counts])
+    shown = [counts[index] for index in figures.some(len(counts), 7)]
+    axes.set_xticks(shown, [str(count) for count in shown])
     axes.minorticks_off()
     axes.set_xlim(counts[0] / 1.3, counts[-1] * 1.5)
     axes.set_xlabel("experts E")

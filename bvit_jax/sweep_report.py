@@ -40,11 +40,13 @@ def of_sweeps(paths: list[Path]) -> Report:
 
 
 def _trials(results: pd.DataFrame, paths: list[Path]) -> tuple[Part, ...]:
-    """Says which trials have no result, and why."""
+    """Says which trials are not done, and why."""
     missing = results[results["status"] != "ok"]
     if not len(missing):
-        return ("All have a result.",) if len(results) else ("No trial has begun.",)
-    parts: list[Part] = [Table("Trials without a result, which the curves leave out.", missing[_SHOWN])]
+        return ("All are done.",) if len(results) else ("No trial has begun.",)
+    caption = """Trials that are not done. Those without a test accuracy are left out of the curves; one that has it is
+        trained, and what was to follow is not done."""
+    parts: list[Part] = [Table(caption, missing[_SHOWN])]
     for path in paths:
         for failed in missing[(missing["sweep"] == path.resolve().name) & (missing["status"] == "failed")].itertuples():
             where = path / failures.FOLDER / f"{failed.trial}.txt"

@@ -65,14 +65,15 @@ def _rows(path: Path) -> Sequence[dict[str, Any]]:
 
 
 def _begun(path: Path) -> list[dict[str, Any]]:
-    """Lists the trials that have begun, of a sweep of which none has ended yet."""
+    """Lists the trials that have begun, of a sweep of which none has ended yet; of what case they are is not known."""
     found = []
     for directory in sorted(path.glob("trials/*")):
         try:
             config = trained.config_of(directory, str(directory))
         except ConfigError:
             continue  # it has made its directory, and nothing else yet
-        found.append(dataclasses.asdict(sweep.result_row(Trial(config, directory))))
+        row = dataclasses.asdict(sweep.result_row(Trial(config, directory)))
+        found.append(row | {"test_accuracy": None, "test_nll": None, "status": "unfinished"})
     return found
 
 
@@ -91,7 +92,7 @@ def means(results: pd.DataFrame) -> pd.DataFrame:
 
     Columns: sweep, series, family, num_experts; seeds: how many; accuracy, nll: on the test split; accuracy_interval,
     nll_interval: half their 95 % confidence intervals, nan of one seed; bytes_full, bytes_full_ffn, bytes_paper;
-    output_cosine, experts_used.
+    output_cosine, experts_used, and half the intervals of these.
     """
     finished = results[results["test_accuracy"].notna()]
     grouped = finished.groupby(["sweep", "series", "family", "num_experts"], sort=False, as_index=False)
@@ -105,5 +106,7 @@ def means(results: pd.DataFrame) -> pd.DataFrame:
         bytes_full_ffn=("bytes_full_ffn", "first"),
         bytes_paper=("bytes_paper", "first"),
         output_cosine=("output_cosine", "mean"),
+        output_cosine_interval=("output_cosine", intervals.half_interval),
         experts_used=("experts_used", "mean"),
+        experts_used_interval=("experts_used", intervals.half_interval),
     )

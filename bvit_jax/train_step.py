@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from bvit_jax import augment, losses, mixing, pixels, sentinels, upcycling, vit
+from bvit_jax import augment, losses, mixing, pixels, platforms, sentinels, upcycling, vit
 from bvit_jax.config import Config, LossConfig
 from bvit_jax.model_config import ModelConfig
 from bvit_jax.optimizer import averaged, learning_rate, make_optimizer
@@ -165,6 +165,7 @@ def _make_train_step(config: Config, placement: Placement) -> jax.stages.Wrapped
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     schedule = learning_rate(config.optimizer, config.total_steps)
 
+    @platforms.lowered_for(placement.platform)  # around the backward pass too
     def step(
         state: TrainState, key: jax.Array, images_BxSxSxc: jax.Array, labels_B: jax.Array
     ) -> tuple[TrainState, Metrics]:

@@ -39,7 +39,8 @@ def angle_table(opened: Opened) -> pd.DataFrame:
     """Sums up the angles; a row for each layer, rotation and stage.
 
     Columns: layer, rotation, stage; angles: how many, of all experts; mean, std, q5, median, q95: radians; spread: mean
-    over angles of the standard deviation between experts, 0 if all experts turn alike.
+    over angles of the standard deviation between experts, 0 if all experts turn alike. All are of plain numbers: angles
+    on either side of pi count as far apart.
     """
     rows = []
     for (layer, rotation, stage), values_ExA in angles(opened).items():
@@ -65,7 +66,8 @@ def trit_table(opened: Opened) -> pd.DataFrame:
     """Counts the ternary weights; a row for each layer and matrix, of stored experts all experts together.
 
     Columns: layer, matrix; weights: how many; minus, zero, plus: shares of -1, 0 and 1; scale, scale_min, scale_max: of
-    the outputs that are not all 0; dead: share of outputs that are. A model without ternary matrices has no rows.
+    the outputs that are not all 0; dead: share of outputs that are. A model that was not trained with ternary matrices
+    has no rows.
     """
     rows = []
     for layer in opened.mixtures if _is_ternary(opened) else ():

@@ -16,14 +16,14 @@ from typing import get_args
 import jax
 from absl import flags
 
-from bvit_jax import data, files, page, run_report, sweep_report, sweep_results
+from bvit_jax import data, files, opened, page, run_report, sweep_report, sweep_results, trained
 from bvit_jax.figures import Picture
 from bvit_jax.model_config import require
 from bvit_jax.run_report import Report
 from experiments import data_flags, entry
 
 _WORKDIR = flags.DEFINE_list("workdir", [], "A run or a sweep, or a packed file; of sweeps several, comma between.")
-_OUT = flags.DEFINE_string("out", None, "The directory to write; made if absent.")
+_OUT = flags.DEFINE_string("out", None, "The directory to write; made if absent, else empty or an earlier report's.")
 _SPLIT = flags.DEFINE_enum("split", "test", get_args(data.SplitName), "Images that a run is looked at with.")
 _IMAGES = flags.DEFINE_integer("images", 64, "How many of them.", lower_bound=1)
 flags.adopt_module_key_flags(data_flags)
@@ -35,10 +35,9 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # an accelerator is for those that train
     data_flags.apply()
     paths = [Path(name) for name in _WORKDIR.value if name]
-    require(bool(paths), "workdir", _WORKDIR.value, "given: a run, a packed file, or one sweep or more")
-    report = _report(paths)
-    out = entry.make_directory("out", str(_OUT.value))
-    folder = entry.make_directory("out", str(out / "figures"))
+    _check(paths)
+    out = _empty_directory(str(_OUT.value))
+    report, folder = _report(paths), out / "figures"
     pictures = [part for section in report.sections for part in section.parts if isinstance(part, Picture)]
     for picture in pictures:
         picture.save(folder)
@@ -50,12 +49,30 @@ def main(argv: Sequence[str]) -> None:
 def _report(paths: list[Path]) -> Report:
     if all(sweep_results.is_sweep(path) for path in paths):
         return sweep_report.of_sweeps(paths)
-    require(len(paths) == 1, "workdir", [str(path) for path in paths], "sweeps alone, if there are several")
-    path = paths[0]
-    packed = path / "model.safetensors"
-    if path.is_file() or packed.is_file():
-        return run_report.of_file(path if path.is_file() else packed, _SPLIT.value, _IMAGES.value)
-    return run_report.of_run(path, _SPLIT.value, _IMAGES.value)
+    packed = opened.packed_at(paths[0])
+    if packed is not None:
+        return run_report.of_file(packed, _SPLIT.value, _IMAGES.value)
+    return run_report.of_run(paths[0], _SPLIT.value, _IMAGES.value)
+
+
+def _check(paths: list[Path]) -> None:
+    """Says what is wrong with the paths before any work begins."""
+    require(bool(paths), "workdir", _WORKDIR.value, "given: a run, a packed file, or one sweep or more")
+    if not all(sweep_results.is_sweep(path) for path in paths):
+        require(len(paths) == 1, "workdir", [str(path) for path in paths], "sweeps alone, if there are several")
+        if opened.packed_at(paths[0]) is None:
+            trained.config_of(paths[0], f"workdir = {str(paths[0])!r}")
+
+
+def _empty_directory(value: str) -> Path:
+    """Makes the directory of a report, or takes the pictures out of an earlier one's."""
+    out = entry.make_directory("out", value)
+    others = sorted({path.name for path in out.iterdir()} - {"report.html", "figures"})
+    require(not others, "out", value, f"a directory of its own; this one holds {', '.join(others[:3])}")
+    folder = entry.make_directory("out", str(out / "figures"))
+    for path in (*folder.glob("*.png"), *folder.glob("*.svg")):
+        path.unlink()
+    return out
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator is for those that train
+
 if not Path("bvit_jax").is_dir():  # Jupyter starts in notebooks/
     os.chdir("..")
 sys.path.insert(0, str(Path.cwd()))
@@ -43,7 +45,7 @@ from bvit_jax import analysis, expert_figures, routing_figures, run_figures
 # A packed file has no history.
 
 # %%
-if Path(WORKDIR).is_dir():
+if (Path(WORKDIR) / "config.json").is_file():
     state = analysis.read_state(WORKDIR)
     print(state.progress)
     display(run_figures.training(state))
@@ -51,8 +53,7 @@ if Path(WORKDIR).is_dir():
 # %% [markdown]
 # ## Where patches go
 #
-# The first choice of every patch, and what each expert gets. The dense models of this project route nothing: for them
-# the notebook ends here.
+# The first choice of every patch, and what each expert gets. A dense model routes nothing, and the second cell says so.
 
 # %%
 model = analysis.load(WORKDIR)

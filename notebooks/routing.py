@@ -27,6 +27,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator is for those that train
+
 if not Path("bvit_jax").is_dir():  # Jupyter starts in notebooks/
     os.chdir("..")
 sys.path.insert(0, str(Path.cwd()))
@@ -60,7 +62,8 @@ for name, routed in seen.items():
 # %%
 agreements = {name: analysis.agreement_table(routed) for name, routed in seen.items()}
 for name, table in agreements.items():
-    display(Markdown(f"### {name}"), routing_figures.agreement(table))
+    if len(table):  # an image of a single patch has no neighbours
+        display(Markdown(f"### {name}"), routing_figures.agreement(table))
 
 # %%
 together = pd.concat(agreements, names=["run"]).reset_index(level="run")

@@ -26,6 +26,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator is for those that train
+
 if not Path("bvit_jax").is_dir():  # Jupyter starts in notebooks/
     os.chdir("..")
 sys.path.insert(0, str(Path.cwd()))
@@ -43,10 +45,11 @@ results["status"].value_counts()
 # %% [markdown]
 # ## What is missing
 #
-# Trials that failed, are going on or have not begun; the curves leave them out.
+# Trials that failed, are going on or have not begun. Those without a test accuracy are left out of the curves.
 
 # %%
-results.loc[results["status"] != "ok", ["sweep", "trial", "series", "num_experts", "seed", "status", "error"]]
+shown = ["sweep", "trial", "series", "num_experts", "seed", "status", "test_accuracy", "error"]
+results.loc[results["status"] != "ok", shown]
 
 # %% [markdown]
 # ## The curves, and the laws fitted to them

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -225,14 +226,31 @@ def test_by_default_64_experts_are_compared():
     assert found.values_nxn.shape == (64, 64)
 
 
-@pytest.mark.parametrize(("pairs", "places"), [(1, [0]), (15, [0, 3, 6]), (19, [0, 3, 6]), (1000, range(10))])
-def test_outputs_are_compared_over_some_tokens_spread_evenly(stored, monkeypatch, pairs, places):
+@pytest.mark.parametrize(("pairs", "tokens"), [(1, 1), (15, 3), (19, 3), (1000, 10)])
+def test_outputs_are_compared_over_some_tokens(stored, monkeypatch, pairs, tokens):
     # Five experts: 15 rows are three tokens with all of them, and one token is the least.
     monkeypatch.setattr(expert_use, "PAIRS", pairs)
     seen = random_seen(stored)
     [found] = output_diversity(stored, seen)
-    y_NxExD = outputs(stored, stored.mixtures[0], seen.x_MxBxTxD[0].reshape(10, 2)[list(places)])
-    np.testing.assert_allclose(found.values_nxn, slow(list(y_NxExD.swapaxes(0, 1))), rtol=0, atol=1e-6)
+    x_NxD = seen.x_MxBxTxD[0].reshape(10, 2)
+    choices = itertools.combinations(range(10), tokens)
+    of_choices = (slow(list(outputs(stored, stored.mixtures[0], x_NxD[list(each)]).swapaxes(0, 1))) for each in choices)
+    assert any(np.allclose(found.values_nxn, expected, rtol=0, atol=1e-6) for expected in of_choices)
+
+
+def test_few_tokens_of_many_images_are_of_all_places(monkeypatch):
+    # Of 64 images of 17 tokens 64 are taken, with two experts: one at the same place in each would be no sample.
+    monkeypatch.setattr(expert_use, "PAIRS", 128)
+    two = opened_of(family="standard", num_experts=2, top_k=1, d_model=2, d_ff=1, num_heads=1, num_stages=1)
+    seen = seen_of(two, np.random.default_rng(1).normal(size=(1, 64, 17, 2)))
+    taken = []
+    monkeypatch.setattr(
+        diversity, "_outputs", lambda model, ffn, x: taken.append(np.asarray(x[0])) or x[:, :, None].repeat(2, 2)
+    )
+    output_diversity(two, seen)
+    places = [np.flatnonzero((seen.x_MxBxTxD[0] == x_D).all(axis=-1).any(axis=0)) for x_D in taken[0]]
+    assert len(places) == 64
+    assert len(set(np.concatenate(places).tolist())) > 10
 
 
 def test_a_single_expert_differs_from_none():

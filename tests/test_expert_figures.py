@@ -69,8 +69,12 @@ def test_trits_add_up_to_all() -> None:
 def test_outliers_are_drawn_before_and_after() -> None:
     rows = [(layer, where, 1.0 + layer, 2.0, 3.0 + layer) for layer in (0, 1) for where in ("before", "after")]
     table = pd.DataFrame(rows, columns=["layer", "where", "crest", "kurtosis", "channels"])
+    table = table.assign(crest_interval=0.25, kurtosis_interval=np.nan)
     crest, _, channels = expert_figures.outliers(table).figure.axes
     for axes, expected in ((crest, [1, 2]), (channels, [3, 4])):
-        assert [line.get_label() for line in axes.lines] == ["before rotation", "after rotation"]
-        for line in axes.lines:
-            np.testing.assert_array_equal(line.get_ydata(), expected)
+        handles, names = axes.get_legend_handles_labels()
+        assert names == ["before rotation", "after rotation"]
+        for handle in handles:
+            np.testing.assert_array_equal(handle.lines[0].get_ydata(orig=False), expected)
+    bars = crest.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose([segment[:, 1] for segment in bars], [[0.75, 1.25], [1.75, 2.25]])

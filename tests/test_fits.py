@@ -218,3 +218,22 @@ def test_the_table_of_fits_has_a_row_each() -> None:
     assert table.to_numpy().tolist() == expected
     empty = fits.fit_table({})
     assert (len(empty), list(empty)) == (0, list(table))
+
+
+def test_bytes_count_once_for_each_number_of_experts():
+    rows = [
+        {"series": "s", "family": "standard", "num_experts": e, "test_accuracy": 0.5, "test_nll": 1.0 + seed}
+        | {"bytes_full": 1000 + 50 * e, "bytes_full_ffn": 50 * e}
+        for e in (2, 4, 8)
+        for seed in range(5)
+    ]
+    found = fits.series_fits(pd.DataFrame(rows))
+    assert found["s", "bytes_full"].runs == 3
+    assert found["s", "bytes_full"] == fits.fit([2, 4, 8], [1100, 1200, 1400], "power of E")
+    assert found["s", "test_nll"].runs == 15
+
+
+@pytest.mark.parametrize("law", ["linear in log2 E", "power of E"])
+def test_values_that_are_not_finite_are_an_error(law):
+    with pytest.raises(ValueError, match="values of a law must be finite; there is nan"):
+        fits.fit([1, 2, 4], [1.0, np.nan, 2.0], law)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bvit_jax.intervals import half_interval
 from bvit_jax.opened import Opened
 from bvit_jax.outliers import measures, outlier_table, turned
 from bvit_jax.seen_routing import SeenRouting
@@ -14,7 +15,7 @@ from tests.conftest import make_model
 from tests.test_expert_maps import SMALL, depth_of, opened_of
 from tests.test_weight_tables import with_ffn
 
-COLUMNS = ["layer", "where", "crest", "kurtosis", "channels"]
+COLUMNS = ["layer", "where", "crest", "crest_interval", "kurtosis", "kurtosis_interval", "channels"]
 # The rotation of an expert's inputs, and whether it turns back.
 BEFORE = {"separate": ("up_theta", True), "tied": ("theta", True), "reference": ("phi", False)}
 
@@ -130,11 +131,15 @@ def test_the_table_measures_tokens_before_and_once_for_each_expert_after():
     table = outlier_table(opened, seen)
     assert list(table.columns) == COLUMNS
     rows = table.to_dict("records")
+    halves = [[row.pop(f"{name}_interval") for name in ("crest", "kurtosis")] for row in rows]
     wheres = [(layer, where) for layer in (0, 2) for where in ("before", "after")]
     assert [(row.pop("layer"), row.pop("where")) for row in rows] == wheres
     for index, layer in enumerate(opened.mixtures):
         x_NxD = seen.x_MxBxTxD[index].reshape(10, 12)
         assert rows[2 * index] == pytest.approx(slow(x_NxD), rel=1e-6)
+        by_image = [slow(x_TxD) for x_TxD in seen.x_MxBxTxD[index]]
+        expected = [half_interval([image[name] for image in by_image]) for name in ("crest", "kurtosis")]
+        assert halves[2 * index] == pytest.approx(expected, rel=1e-5)
         after = []
         for x, experts in zip(x_NxD, seen.experts_MxBxTxK[index].reshape(10, 2), strict=True):
             for expert in experts:
@@ -162,7 +167,7 @@ def test_an_eighth_of_a_turn_spreads_one_channel_over_two(form):
     # Expert 0 alone leaves all as it was.
     before, after = outlier_table(some, seen_of(some, one_hot, 0 * experts)).to_dict("records")
     assert (before.pop("where"), after.pop("where")) == ("before", "after")
-    assert after == pytest.approx(before, rel=1e-6)
+    assert after == pytest.approx(before, rel=1e-6, nan_ok=True)  # one image has no interval
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (3, 3), (3, 1)])

@@ -67,7 +67,8 @@ def test_load_shows_the_table(seen: SeenRouting) -> None:
     # Expert 5 is nobody's first choice in layer 0.
     assert np.ma.getmaskarray(entropy)[0, 5]
     assert 0 < entropy[0, 3] < 1
-    np.testing.assert_allclose(labels[0, 3], table["labels"][3] / np.log(2))
+    # Two images of three are of one class.
+    np.testing.assert_allclose(labels[0, 3], table["labels"][3] / (np.log(3) - 2 / 3 * np.log(2)))
 
 
 def test_agreement_shows_the_table() -> None:
@@ -91,7 +92,8 @@ def test_labels_show_shares_of_each_class(seen: SeenRouting) -> None:
     shares = label_shares(seen)
     figure = routing_figures.labels(seen, shares).figure
     for axes, expected in zip(figure.axes, shares, strict=False):
-        np.testing.assert_array_equal(np.ma.filled(axes.images[0].get_array(), np.nan), expected)
+        np.testing.assert_array_equal(axes.images[0].get_array(), expected[[1, 5]])
+        assert [tick.get_text() for tick in axes.get_yticklabels()] == ["1", "5"]
 
 
 def test_favourites_show_the_patches(seen: SeenRouting, images: Images) -> None:
@@ -108,3 +110,24 @@ def test_a_single_expert_has_favourites_too(images: Images) -> None:
     found = Favourites(0, np.zeros((1, 1, 3), int), np.ones((1, 1), np.float32))
     axes = routing_figures.favourites(found, images, 2).figure.axes
     assert sum(bool(each.images) for each in axes) == 1
+
+
+def test_many_classes_are_thinned_out_to_those_seen() -> None:
+    labels = np.arange(0, 1000, 10)
+    experts = np.zeros((1, 100, 2, 1), np.int32)
+    probs = np.ones((1, 100, 2, 2), np.float32) / 2
+    many = SeenRouting((0,), (1, 1), probs, probs, experts.astype(np.float32), experts, labels)
+    axes = routing_figures.labels(many, label_shares(many)).figure.axes[0]
+    assert axes.images[0].get_array().shape == (routing_figures.MOST_CLASSES, 2)
+    assert not np.ma.getmaskarray(axes.images[0].get_array()).any()
+    assert [axes.get_yticklabels()[place].get_text() for place in (0, -1)] == ["0", "990"]
+
+
+def test_very_many_experts_stand_in_the_order_of_their_load() -> None:
+    rng = np.random.default_rng(0)
+    experts = rng.integers(0, 150, (1, 40, 3, 1)).astype(np.int32)
+    probs = np.eye(150, dtype=np.float32)[experts[..., 0]]
+    many = SeenRouting((0,), (1, 2), probs, probs, experts.astype(np.float32), experts, np.zeros(40, int))
+    share = routing_figures.load(many, load_table(many)).figure.axes[0].images[0].get_array()[0]
+    assert (np.diff(share) <= 0).all()
+    assert share[0] > 1

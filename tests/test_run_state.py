@@ -23,8 +23,8 @@ def begin(directory: Path, steps: int = 0, **changes: object) -> Path:
     return directory
 
 
-def record(directory: Path, *texts: str) -> list[dict[str, Any]]:
-    rows = [{"utc": "2025-01-01", "kind": "resumed", "step": 2, "text": text} for text in texts]
+def record(directory: Path, *incidents: tuple[str, int, str]) -> list[dict[str, Any]]:
+    rows = [{"utc": "2025-01-01", "kind": kind, "step": step, "text": text} for kind, step, text in incidents]
     (directory / "incidents.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     return rows
 
@@ -36,7 +36,7 @@ def this_process() -> str:
 def test_a_finished_run(tmp_path):
     begin(tmp_path, 6)
     files.write_json(tmp_path / "result.json", {"test_accuracy": 0.5})
-    incidents = record(tmp_path, "goes on from step 2")
+    incidents = record(tmp_path, ("resumed", 2, "goes on from step 2"))
     found = run_state.read(tmp_path)
     assert found.path == tmp_path
     assert found.config == make_config("standard,2")
@@ -48,7 +48,7 @@ def test_a_finished_run(tmp_path):
 
 def test_a_run_that_a_process_holds_goes_on(tmp_path):
     begin(tmp_path, 4)
-    record(tmp_path, "goes on from step 2")
+    record(tmp_path, ("resumed", 2, "goes on from step 2"))
     with workdir.locked(tmp_path, 0):
         found = run_state.read(str(tmp_path))
     assert (found.status, found.steps, found.note) == ("going on", 4, this_process())
@@ -73,7 +73,7 @@ def test_a_finished_run_is_finished_though_its_process_is_not_gone_yet(tmp_path)
 
 def test_a_stopped_run_says_what_happened_last(tmp_path):
     begin(tmp_path, 4, total_steps=6000)
-    incidents = record(tmp_path, "goes on from step 2", "told to stop; step 4 is saved")
+    incidents = record(tmp_path, ("resumed", 2, "goes on"), ("preempted", 4, "told to stop; step 4 is saved"))
     found = run_state.read(tmp_path)
     assert (found.status, found.steps, found.note) == ("stopped", 4, "told to stop; step 4 is saved")
     assert found.incidents == incidents
@@ -86,13 +86,42 @@ def test_a_stopped_run_without_incidents_has_no_note(tmp_path):
     assert found.progress == "stopped at step 3 of 6"
 
 
-@pytest.mark.parametrize("texts", [(), ("step 0 was damaged",)])
-def test_a_run_without_a_step_has_not_begun(tmp_path, texts):
+@pytest.mark.parametrize("kind", ["resumed", "damaged", "remade", "skipped", "experts"])
+def test_what_a_run_survived_is_not_why_it_stopped(tmp_path, kind):
+    begin(tmp_path, 4)
+    record(tmp_path, (kind, 4, "survived"))
+    assert run_state.read(tmp_path).note == ""
+
+
+@pytest.mark.parametrize("kind", ["preempted", "stopped", "unsaved"])
+def test_a_stop_that_it_went_on_from_is_not_why_it_stopped(tmp_path, kind):
+    begin(tmp_path, 4)
+    record(tmp_path, (kind, 3, "earlier"))
+    assert run_state.read(tmp_path).note == ""
+    record(tmp_path, (kind, 3, "earlier"), (kind, 4, "later"))
+    assert run_state.read(tmp_path).note == "later"
+
+
+def test_a_run_that_stopped_before_its_first_row_has_the_steps_of_its_incident(tmp_path):
     begin(tmp_path)
-    record(tmp_path, *texts)
+    record(tmp_path, ("preempted", 1, "told to stop"))
+    assert run_state.read(tmp_path).progress == "stopped at step 1 of 6: told to stop"
+
+
+def test_lines_that_are_no_incidents_are_left_out(tmp_path):
+    begin(tmp_path, 4)
+    (tmp_path / "incidents.jsonl").write_text('[1]\n{"kind": "stopped", "step": 4, "text": "nan"}\n"text"\n')
     found = run_state.read(tmp_path)
-    assert (found.status, found.steps, found.note) == ("not begun", 0, "".join(texts))
-    assert found.progress == "not begun at step 0 of 6" + "".join(f": {text}" for text in texts)
+    assert (found.note, len(found.incidents)) == ("nan", 1)
+
+
+@pytest.mark.parametrize("incidents", [(), (("damaged", 0, "step 0 was damaged"),)])
+def test_a_run_without_a_step_has_not_begun(tmp_path, incidents):
+    begin(tmp_path)
+    record(tmp_path, *incidents)
+    found = run_state.read(tmp_path)
+    assert (found.status, found.steps, found.note) == ("not begun", 0, "")
+    assert found.progress == "not begun at step 0 of 6"
     assert len(found.metrics) == 0
 
 

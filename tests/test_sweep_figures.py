@@ -74,9 +74,14 @@ def test_points_against_bytes_bear_their_number_of_experts(drawn) -> None:
 
 def test_experts_are_drawn_where_there_are_some(drawn) -> None:
     diversity, used = drawn["experts"].axes
-    assert len(diversity.lines) == 1
-    np.testing.assert_allclose(diversity.lines[0].get_ydata(), 0.5)
-    np.testing.assert_allclose(used.lines[0].get_ydata(), 0.5)
+    for axes in (diversity, used):
+        [handle], [name] = axes.get_legend_handles_labels()
+        assert name == "standard"
+        np.testing.assert_allclose(handle.lines[0].get_ydata(orig=False), 0.5)
+    # As in the other pictures, where the dense model comes first.
+    assert (
+        handle.lines[0].get_color() == drawn["quality"].axes[0].get_legend_handles_labels()[0][1].lines[0].get_color()
+    )
 
 
 def test_one_seed_and_one_number_of_experts_make_pictures_without_laws() -> None:

@@ -140,12 +140,13 @@ def test_trials_that_have_begun_are_listed_while_none_has_ended(tmp_path):
     assert (found["bytes_full"] > 0).all()
 
 
-def test_a_result_counts_though_no_table_has_been_written(tmp_path):
+def test_a_result_of_a_case_that_is_not_known_yet_does_not_count(tmp_path):
     path = make_sweep(tmp_path / "new")
     directory = begin(path, make_config("standard,2"))
     files.write_json(directory / "result.json", {"test_accuracy": 0.5, "test_nll": 1.5})
     found = sweep_results.read(path)
-    assert found[["status", "test_accuracy", "test_nll"]].to_numpy().tolist() == [["ok", 0.5, 1.5]]
+    assert found["status"].tolist() == ["unfinished"]
+    assert found[["test_accuracy", "test_nll"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize("rows", [None, []])
@@ -255,7 +256,8 @@ def test_means_over_one_and_three_seeds(tmp_path):
     means = sweep_results.means(sweep_results.read(make_sweep(tmp_path / "small", rows)))
     assert list(means) == [
         *("sweep", "series", "family", "num_experts", "seeds", "accuracy", "accuracy_interval", "nll", "nll_interval"),
-        *("bytes_full", "bytes_full_ffn", "bytes_paper", "output_cosine", "experts_used"),
+        *("bytes_full", "bytes_full_ffn", "bytes_paper", "output_cosine", "output_cosine_interval"),
+        *("experts_used", "experts_used_interval"),
     ]
     # In the order of the results; what has no result is left out.
     assert means["series"].tolist() == ["butterfly separate"] * 2 + ["dense"]
@@ -273,6 +275,8 @@ def test_means_over_one_and_three_seeds(tmp_path):
     assert means["bytes_paper"].tolist() == [300.5, 250.5, 250.5]
     np.testing.assert_array_equal(means["output_cosine"], [0.25, 0.25, np.nan])
     np.testing.assert_array_equal(means["experts_used"], [0.25, 3, np.nan])
+    np.testing.assert_allclose(means["output_cosine_interval"], [np.nan, half, np.nan], rtol=1e-5)
+    np.testing.assert_allclose(means["experts_used_interval"], [np.nan, 4 * half, np.nan], rtol=1e-5)
 
 
 def test_means_keep_settings_forms_and_sweeps_apart(tmp_path):
