@@ -37,10 +37,7 @@ _STRICT = (
     *("test_losses", "test_routing", "test_dispatch", "test_low_rank", "test_mixture", "test_moe", "test_vit"),
 )
 
-_EVERY_PLATFORM = (
-    *("test_rotated", "test_dispatch", "test_chosen", "test_low_rank", "test_topology", "test_hlo", "test_bench"),
-    *("test_bench_compiled", "test_compile_report", "test_kernel_fused", "test_kernel_ffn", "test_kernel_rotation"),
-)
+_EVERY_PLATFORM = ("test_topology", "test_bench", "test_bench_compiled", "test_compile_report")
 """Modules whose programs are traced for all platforms, as they are outside of tests."""
 
 

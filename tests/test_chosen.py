@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from bvit_jax.chosen import where_chosen
 
@@ -16,6 +17,7 @@ def test_only_those_chosen_change():
     np.testing.assert_array_equal(result, [[0, 2, 4], [3, 4, 5], [14, 16, 18], [9, 10, 11]])
 
 
+@pytest.mark.every_platform
 def test_a_cpu_goes_through_them_and_a_tpu_takes_all_at_once():
     program = jax.jit(lambda *arguments: where_chosen(doubled, *arguments))
     arguments = (jnp.zeros(4, bool), jnp.zeros((4, 3)), jnp.zeros(4))

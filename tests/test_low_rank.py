@@ -195,6 +195,7 @@ def test_the_shared_up_product_is_made_once_a_token_and_the_others_once_a_row() 
     )
 
 
+@pytest.mark.every_platform
 def test_rows_go_by_tiles_on_tpus_by_blocks_on_cpus_and_ragged_elsewhere() -> None:
     config = small(num_experts=16, top_k=2)
     expert = jnp.zeros((16, 5, 2), jnp.int32)

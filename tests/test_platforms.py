@@ -31,19 +31,24 @@ def program(traced: list[str], platform: str | None):
     return jax.jit(of)
 
 
-@pytest.mark.parametrize(("platform", "added"), [("cpu", 1.0), ("tpu", 2.0), ("cuda", 3.0)])
-def test_a_known_platform_traces_its_way_alone(platform: str, added: float) -> None:
+def test_for_cpus_their_way_alone_is_traced() -> None:
     traced: list[str] = []
-    assert program(traced, platform)(jnp.zeros(())) == added
-    assert traced == [platform if platform != "cuda" else "default"]
+    assert program(traced, "cpu")(jnp.zeros(())) == 1.0
+    assert traced == ["cpu"]
 
 
-def test_an_unknown_platform_is_chosen_when_the_program_is_lowered() -> None:
+def test_where_cpus_have_no_way_of_their_own_they_take_the_default() -> None:
+    with platforms.lowered_for("cpu"):
+        assert platforms.dependent(jnp.zeros(()), tpu=lambda x: x + 2, default=lambda x: x + 3) == 3.0
+
+
+@pytest.mark.parametrize("platform", [None, "tpu", "gpu"])
+def test_else_the_way_is_chosen_when_the_program_is_lowered(platform: str | None) -> None:
     traced: list[str] = []
-    found = program(traced, None).trace(jnp.zeros(()))
+    found = program(traced, platform).trace(jnp.zeros(()))
     assert set(traced) == {"cpu", "tpu", "default"}
-    for platform, added in (("cpu", "1.0"), ("tpu", "2.0"), ("cuda", "3.0")):
-        text = found.lower(lowering_platforms=(platform,)).as_text()
+    for name, added in (("cpu", "1.0"), ("tpu", "2.0"), ("cuda", "3.0")):
+        text = found.lower(lowering_platforms=(name,)).as_text()
         assert [f"dense<{number}" in text for number in ("1.0", "2.0", "3.0")] == [
             number == added for number in ("1.0", "2.0", "3.0")
         ]

@@ -216,6 +216,7 @@ def test_no_images_have_no_outputs(path: str, form: str) -> None:
     assert (y.shape, y.dtype) == ((0, 5, 2, 256 if form == "reference" else 128), jnp.bfloat16)
 
 
+@pytest.mark.every_platform
 @pytest.mark.parametrize("path", ["rows", "blocks"])
 def test_programs_for_several_platforms_at_once(path: str) -> None:
     lowered = traced(model(dispatch=path)).lower(lowering_platforms=("cpu", "tpu"))
@@ -234,6 +235,7 @@ def path_taken(platform: str, tokens: int = 20, **changes: object) -> str:
     return "fused" if "tpu_custom_call" in text else "blocks" if "stablehlo.sort" in text else "rows"
 
 
+@pytest.mark.every_platform
 @pytest.mark.parametrize(
     ("platform", "tokens", "changes", "expected"),
     [
@@ -310,6 +312,7 @@ def estimate(num_experts: int) -> int:
     return int(found)
 
 
+@pytest.mark.every_platform
 def test_the_kernel_costs_its_rows_and_their_padding_however_many_experts() -> None:
     # 256 rows, two products; 8 and 16 experts fill their blocks of 16 rows, 64 experts have 4 rows each in one.
     assert estimate(8) == estimate(16) == 2 * 2 * 256 * 128 * 256

@@ -495,7 +495,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
         train.run(other, tmp_path / "run", show_progress=False)
 
 
-STEPS = 25
+STEPS = 50
 COUNTS = {f"{count} devices": (count, Layout()) for count in (2, 4, 8)}
 LAYOUTS = COUNTS | {
     "expert 2 x model 2": (8, Layout(expert=2, model=2)),
