@@ -20,7 +20,8 @@ from configs import digits, paper
 RECORDED = Path(__file__).parent / "recorded_tpu.json"
 KINDS = ("butterfly,8", "butterfly,8,tied", "standard,8", "dense")
 NAMED = [
-    *[("digits", kind, name) for kind in KINDS for name in ("v5e:2x2", "v5p:2x2x1")],
+    *[("digits", kind, "v5e:2x2") for kind in KINDS],
+    ("digits", "butterfly,8", "v5p:2x2x1"),
     *[("paper", kind, "v5e:4x4") for kind in ("butterfly,64,tied", "standard,64")],
 ]
 
