@@ -36,6 +36,9 @@ class File:
     title: str
 
 
+_REM_AN_INCH = 8.2
+"""How wide pictures are shown: one of two columns fills the page."""
+
 Part = str | Table | Picture | File
 """Of a section: a paragraph, a table, a picture drawn for it, or one that is there already."""
 
@@ -66,8 +69,21 @@ def _shown(part: Part) -> dict[str, str]:
         content = part.frame.map(_cell).to_html(index=False, border=0)
         return {"kind": "table", "caption": part.caption, "content": content}
     if isinstance(part, File):
-        return {"kind": "picture", "title": part.title, "caption": "", "source": _data(part.path.read_bytes())}
-    return {"kind": "picture", "title": part.title, "caption": part.caption, "source": _data(part.png())}
+        return {
+            "kind": "picture",
+            "title": part.title,
+            "caption": "",
+            "width": "auto",
+            "source": _data(part.path.read_bytes()),
+        }
+    width = f"{part.figure.get_figwidth() * _REM_AN_INCH:.4g}rem"  # alike for all, so that their letters are
+    return {
+        "kind": "picture",
+        "title": part.title,
+        "caption": part.caption,
+        "width": width,
+        "source": _data(part.png()),
+    }
 
 
 def _cell(value: object) -> str:
@@ -121,8 +137,8 @@ nav { font-size: 0.9rem; margin-top: 1rem; }
 </figure>
 {% else %}
 <figure>
-<img src="{{ part.source }}" alt="{{ part.title }}">
-<figcaption><b>{{ part.title }}.</b> {{ part.caption }}</figcaption>
+<img src="{{ part.source }}" alt="{{ part.title }}" style="width: {{ part.width }}">
+<figcaption><b>{{ part.title }}{{ "" if part.title.endswith("?") else "." }}</b> {{ part.caption }}</figcaption>
 </figure>
 {% endif %}
 {% endfor %}
