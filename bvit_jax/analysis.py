@@ -2,7 +2,7 @@
 
     from bvit_jax import analysis
 
-    model = analysis.load("runs/digits")             # any run's directory, or a packed file, on a CPU
+    model = analysis.load("runs/digits")             # any run's directory, whatever wrote it, or a packed file
     images = model.images("test", 64)
     seen = analysis.route(model, images)
     analysis.agreement_table(seen)

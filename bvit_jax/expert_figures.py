@@ -99,8 +99,8 @@ def trits(table: pd.DataFrame) -> Picture:
         axes = figure.subplots()
         axes.grid(False)
         places, start = np.arange(len(names)), np.zeros(len(names))
+        middle: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6}
         for column, label, colour in (("minus", "-1", "#0072B2"), ("zero", "0", "0.85"), ("plus", "1", "#E69F00")):
-            middle: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 6}
             share = 100 * table[column].to_numpy()
             axes.barh(places, share, left=start, color=colour, label=label, height=0.75)
             if column == "zero":

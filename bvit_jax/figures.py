@@ -58,17 +58,14 @@ class Picture:
     def save(self, directory: Path) -> list[Path]:
         """Writes NAME.png and NAME.svg into a directory that is there, and returns their paths."""
         paths = [directory / f"{self.name}.png", directory / f"{self.name}.svg"]
-        paths[0].write_bytes(self.png())
+        paths[0].write_bytes(self.png)
         with mpl.rc_context(STYLE):
             self.figure.savefig(paths[1], metadata={"Date": None})
         return paths
 
-    def png(self) -> bytes:
-        """Returns the figure as PNG."""
-        return self._png
-
     @functools.cached_property
-    def _png(self) -> bytes:
+    def png(self) -> bytes:
+        """The figure as PNG."""
         content = io.BytesIO()
         with mpl.rc_context(STYLE):
             self.figure.savefig(content, format="png", dpi=DPI)
@@ -76,7 +73,7 @@ class Picture:
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         """Shows itself in a notebook, as wide as in print."""
-        return self.png(), {"width": int(96 * self.figure.get_figwidth() * 1.25)}
+        return self.png, {"width": int(96 * self.figure.get_figwidth() * 1.25)}
 
 
 def draw(name: str, title: str, caption: str, size: tuple[float, float], onto: Callable[[Figure], None]) -> Picture:

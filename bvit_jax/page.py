@@ -82,7 +82,7 @@ def _shown(part: Part) -> dict[str, str]:
         "title": part.title,
         "caption": part.caption,
         "width": width,
-        "source": _data(part.png()),
+        "source": _data(part.png),
     }
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from bvit_jax import bench_cases
 from bvit_jax.compiled import Row
 from bvit_jax.scaling import Point, by_variant, growth
-from bvit_jax.sweep import Summary
+from bvit_jax.sweep import Summary, series
 
 # Okabe and Ito's colours, told apart with any colour vision; markers tell the series apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -101,7 +101,7 @@ def _series(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
     lines: dict[str, list[Summary]] = {}
     for summary in sorted(summaries, key=lambda s: s.sample.num_experts):
         row = summary.sample
-        name = " ".join(part for part in (row.family, row.form.strip("-"), row.settings) if part)
+        name = series(row.family, row.form, row.settings)
         lines.setdefault(name, []).append(summary)
     return dict(sorted(lines.items()))
 

@@ -44,11 +44,12 @@ def routing_maps(seen: SeenRouting, images: Images) -> Picture:
             show_image(grid[0, place], images.pixels[image])
             grid[0, place].set_title(f"class {images.labels[image]}", fontsize=7)
         for line, index in zip(grid[1:], rows, strict=True):
-            colour_E = _colours(maps[index], seen.num_experts)
+            used = _by_use(maps[index])
+            colour_E = _colours(used, seen.num_experts)
             for axes, image in zip(line, columns, strict=False):
                 _map(axes, maps[index, image], colour_E)
             line[0].set_ylabel(f"layer {seen.layers[index]}")
-            _legend(line[-1], maps[index], colour_E)
+            _legend(line[-1], used, colour_E)
 
     caption = f"""Images, and the most probable expert of every patch in {len(rows)} of {len(seen.layers)} mixture
         layers. In each layer the eight experts that are the first choice of most patches have colours; the others are
@@ -63,12 +64,15 @@ def show_image(axes: Axes, pixels_HxWxc: np.ndarray) -> None:
     axes.imshow(pixels_HxWxc[..., 0] if grey else pixels_HxWxc, cmap="gray" if grey else None, vmin=0, vmax=255)
 
 
-def _colours(map_BxHxW: np.ndarray, num_experts: int) -> list[str]:
-    counts_E = np.bincount(map_BxHxW.reshape(-1), minlength=num_experts)
-    colours = [_REST] * num_experts
-    for expert, colour in zip(np.argsort(-counts_E, kind="stable"), COLOURS, strict=False):
-        colours[expert] = colour
-    return colours
+def _by_use(map_BxHxW: np.ndarray) -> list[int]:
+    """Lists the experts that are any patch's first choice, most used first."""
+    counts = np.bincount(map_BxHxW.reshape(-1))
+    return [int(expert) for expert in np.argsort(-counts, kind="stable") if counts[expert]]
+
+
+def _colours(used: list[int], num_experts: int) -> list[str]:
+    own = dict(zip(used, COLOURS, strict=False))
+    return [own.get(expert, _REST) for expert in range(num_experts)]
 
 
 def _map(axes: Axes, map_hxw: np.ndarray, colour_E: list[str]) -> None:
@@ -81,12 +85,9 @@ def _map(axes: Axes, map_hxw: np.ndarray, colour_E: list[str]) -> None:
             axes.text(column, row, str(expert), ha="center", va="center", fontsize=size, color=colour)
 
 
-def _legend(axes: Axes, map_BxHxW: np.ndarray, colour_E: list[str]) -> None:
-    counts_E = np.bincount(map_BxHxW.reshape(-1), minlength=len(colour_E))
-    most = np.argsort(-counts_E, kind="stable")[: len(COLOURS)]
-    own = [expert for expert in most if counts_E[expert]]
-    handles = [Patch(color=colour_E[expert], label=str(expert)) for expert in own]
-    if (counts_E > 0).sum() > len(own):
+def _legend(axes: Axes, used: list[int], colour_E: list[str]) -> None:
+    handles = [Patch(color=colour_E[expert], label=str(expert)) for expert in used[: len(COLOURS)]]
+    if len(used) > len(COLOURS):
         handles.append(Patch(color=_REST, label="others"))
     ends: dict[str, Any] = {
         "loc": "center left",

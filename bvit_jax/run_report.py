@@ -21,6 +21,7 @@ from bvit_jax import (
     weight_tables,
 )
 from bvit_jax.config import Config
+from bvit_jax.data import SplitName
 from bvit_jax.diversity import Diversity
 from bvit_jax.model_config import ConfigError
 from bvit_jax.opened import Images, Opened
@@ -43,7 +44,7 @@ class Report:
     sections: list[Section]
 
 
-def of_run(workdir: Path, split: str, count: int) -> Report:
+def of_run(workdir: Path, split: SplitName, count: int) -> Report:
     """Reports on a run, as far as it has got: without a checkpoint, on its training alone.
 
     Args:
@@ -64,19 +65,19 @@ def of_run(workdir: Path, split: str, count: int) -> Report:
     return Report(f"Run {workdir.resolve().name}", _describe(state), sections)
 
 
-def of_file(path: Path, split: str, count: int) -> Report:
+def of_file(path: Path, split: SplitName, count: int) -> Report:
     """Reports on a packed file; arguments and errors as of `of_run` and `opened.load`."""
     model = opened.load(path)
     lead = f"{_kind(model.config)}; a packed file of {path.stat().st_size:,} bytes."
     return Report(f"Model {path.name}", lead, of_model(model, split, count))
 
 
-def of_model(model: Opened, split: str, count: int) -> list[Section]:
+def of_model(model: Opened, split: SplitName, count: int) -> list[Section]:
     """Looks into a model with images of its data, if it routes and they are there."""
     if not model.mixtures:
         return [Section("Experts", ("A dense model: it has no experts.",))]
     try:
-        images = model.images(split, count)  # type: ignore[arg-type]
+        images = model.images(split, count)
     except ConfigError as error:
         missing = Section("Routing", (f"Not shown, as images are missing: {error}.",))
         return [missing, _experts(diversity.weight_diversity(model)), *_weights(model)]

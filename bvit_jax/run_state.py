@@ -1,7 +1,6 @@
 """How far a run is, by what lies in its directory; nothing is written there, and a run that goes on is left alone."""
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +59,7 @@ def read(workdir: str | os.PathLike[str]) -> RunState:
     path = Path(workdir)
     config = trained.config_of(path, f"workdir = {str(path)!r}")
     rows = metrics.read_rows(path / "metrics.jsonl")
-    result = _result(path)
+    result = trained.result_of(path)
     incidents = [row for row in journal.read(path) if isinstance(row, dict)]
     holder = workdirs.holder(path)
     steps = max((int(row.get("step", 0)) for row in rows), default=0)
@@ -73,11 +72,3 @@ def read(workdir: str | os.PathLike[str]) -> RunState:
     elif holder is not None:
         status, note = "going on", holder
     return RunState(path, config, status, steps, note, result, incidents, pd.DataFrame(rows))
-
-
-def _result(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((path / "result.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -150,7 +150,8 @@ def layer_table(seen: SeenRouting) -> pd.DataFrame:
     Columns: layer; experts_used: effective number (`expert_use.effective_numbers`); unused: experts that no token
     selected; entropy: mean of the routing probabilities, nats, log E if they are uniform.
     """
-    shares_MxE = load_table(seen)["share"].to_numpy().reshape(len(seen.layers), seen.num_experts)
+    chosen = (experts_BxTxK.reshape(-1) for experts_BxTxK in seen.experts_MxBxTxK)
+    shares_MxE = np.stack([np.bincount(each, minlength=seen.num_experts) / len(each) for each in chosen])
     return pd.DataFrame(
         {
             "layer": seen.layers,

@@ -10,14 +10,13 @@ Every trial runs in a process of its own: what it does to its memory or its devi
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from bvit_jax import compressed, expert_use, intervals, memory, metrics
+from bvit_jax import compressed, expert_use, intervals, memory, metrics, trained
 from bvit_jax.compress_request import Request
 from bvit_jax.config import Config
 
@@ -50,11 +49,7 @@ class Trial:
     @property
     def result(self) -> dict[str, Any] | None:
         """The content of `result.json`; None if it is not there yet, or cannot be read."""
-        try:
-            found = json.loads((self.directory / "result.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+        return trained.result_of(self.directory)
 
     def compressed(self, request: Request) -> compressed.Result | None:
         """The result of one of its compressions; None if it is not there yet."""
@@ -191,6 +186,11 @@ def result_row(trial: Trial, cause: str | None = None) -> ResultRow:
         trial=config.digest(),
         error=_last_line(cause or "") if status == "failed" else "",
     )
+
+
+def series(family: str, form: str, settings: str) -> str:
+    """Names in words what a curve over the number of experts is of, by the columns of its rows."""
+    return " ".join(part for part in (family, form.strip("-"), settings) if part)
 
 
 def _last_line(text: str) -> str:

@@ -43,7 +43,7 @@ def read(*workdirs: str | os.PathLike[str]) -> pd.DataFrame:
         frame.insert(0, "sweep", name)
         frame["status"] = [_status(path, row) for row in frame.itertuples()]
         prefix = f"{name}: " if len(paths) > 1 else ""
-        frame["series"] = [prefix + _series(row) for row in frame.itertuples()]
+        frame["series"] = [prefix + sweep.series(row.family, row.form, row.settings) for row in frame.itertuples()]
         frames.append(frame)
     filled = [frame for frame in frames if len(frame)] or frames[:1]
     return pd.concat(filled, ignore_index=True).astype(dict.fromkeys(_KNOWN_LATER, np.float64))
@@ -81,10 +81,6 @@ def _status(path: Path, row: Any) -> str:
     if row.status != "ok" and workdir.holder(path / "trials" / row.trial) is not None:
         return "going on"
     return str(row.status)
-
-
-def _series(row: Any) -> str:
-    return " ".join(part for part in (row.family, row.form.strip("-"), row.settings) if part)
 
 
 def means(results: pd.DataFrame) -> pd.DataFrame:

@@ -59,6 +59,15 @@ def config_of(workdir: Path, name: str) -> Config:
         raise ConfigError(f"{workdir / 'config.json'}: it is damaged, or of another version ({error})") from None
 
 
+def result_of(workdir: Path) -> dict[str, Any] | None:
+    """Reads the content of a run's `result.json`; None if it is not there yet, or cannot be read."""
+    try:
+        found = json.loads((workdir / "result.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def params_digest(params: Any) -> str:
     """Returns one digest of parameters; in a run of several processes all of them call this."""
     return digests.combined(digests.of_tree(bundles.bundle(params)))

@@ -1,6 +1,6 @@
 """What a mixture's experts are made of: rotation angles and ternary weights, as tables.
 
-Axes: R repeats of a segment, E experts, A angles of one rotation, I inputs, O outputs.
+Axes: E experts, A angles of one rotation, I inputs, O outputs.
 """
 
 from typing import Any
@@ -17,9 +17,7 @@ QUANTILES = (0.05, 0.5, 0.95)
 def angles(opened: Opened) -> dict[tuple[int, str, int], np.ndarray]:
     """Returns the angles of every rotation, by layer, name (`up_theta`, ...) and stage, (E, A) each.
 
-    They are in radians, from -pi to under pi.
-
-    A model without rotations has none.
+    They are in radians, from -pi to under pi; a model without rotations has none.
     """
     found: dict[tuple[int, str, int], np.ndarray] = {}
     if opened.model.family != "butterfly":

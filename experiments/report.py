@@ -11,7 +11,7 @@ of scaling fitted to them. --out receives report.html, which holds all its pictu
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 from absl import flags
@@ -49,10 +49,11 @@ def main(argv: Sequence[str]) -> None:
 def _report(paths: list[Path]) -> Report:
     if all(sweep_results.is_sweep(path) for path in paths):
         return sweep_report.of_sweeps(paths)
+    split: Any = _SPLIT.value
     packed = opened.packed_at(paths[0])
     if packed is not None:
-        return run_report.of_file(packed, _SPLIT.value, _IMAGES.value)
-    return run_report.of_run(paths[0], _SPLIT.value, _IMAGES.value)
+        return run_report.of_file(packed, split, _IMAGES.value)
+    return run_report.of_run(paths[0], split, _IMAGES.value)
 
 
 def _check(paths: list[Path]) -> None:

@@ -272,7 +272,7 @@ def _print_summary(summaries: Sequence[sweep.Summary]) -> None:
         row = summary.sample
         spread = "" if math.isnan(summary.accuracy_std) else f" ± {100 * summary.accuracy_std:.2f}"
         table.add_row(
-            " ".join(part for part in (_name(row.family, row.form), row.settings) if part),
+            sweep.series(row.family, row.form, row.settings),
             *(str(row.num_experts), f"{100 * summary.accuracy_mean:.2f}{spread}"),
             *(tables.megabytes(row.bytes_paper), f"{row.compression_paper:.1f}"),
             *(tables.megabytes(row.bytes_full), f"{row.compression_full:.2f}", f"{summary.images_per_second:.0f}"),
@@ -280,10 +280,6 @@ def _print_summary(summaries: Sequence[sweep.Summary]) -> None:
     seeds = " or ".join(sorted({str(summary.seeds) for summary in summaries})) or "no"
     print(f"Test accuracy, mean ± standard deviation over {seeds} seeds; sizes in MB; x: compression")
     tables.show(table)
-
-
-def _name(family: str, form: str) -> str:
-    return family if form == "-" else f"{family} {form}"
 
 
 if __name__ == "__main__":

@@ -129,23 +129,26 @@ def stored() -> Opened:
     return opened_of(family="standard", num_experts=5, d_model=2, d_ff=3, num_heads=1, num_stages=1)
 
 
+BETWEEN = 1 - 0.5**0.5  # at 45 degrees
+BY_HAND = [
+    [0, 0, 1, 2, BETWEEN],
+    [0, 0, 1, 2, BETWEEN],
+    [1, 1, 0, 1, BETWEEN],
+    [2, 2, 1, 0, 2 - BETWEEN],
+    [BETWEEN, BETWEEN, BETWEEN, 2 - BETWEEN, 0],
+]
+"""Diversity of five experts: one, its multiple, one at right angles to it, its opposite, one half way to the third."""
+
+
 def test_scaled_orthogonal_and_opposite_experts_by_hand(stored):
     # A, three times A, at right angles to A, A turned around, and half way between the first and the third.
     first, other = np.eye(3)[None, 0, :] * [[1.0], [0.0]], np.eye(3)[None, 1, :] * [[0.0], [2.0]]
     up = np.array([first, 3 * first, other, -first, first + other / 2])
     down = np.array([matrix.T for matrix in up])
     by_up, by_down = weight_diversity(with_ffn(stored, up_kernel=up, down_kernel=down))
-    between = 1 - 0.5**0.5  # at 45 degrees
-    expected = [
-        [0, 0, 1, 2, between],
-        [0, 0, 1, 2, between],
-        [1, 1, 0, 1, between],
-        [2, 2, 1, 0, 2 - between],
-        [between, between, between, 2 - between, 0],
-    ]
-    np.testing.assert_allclose(by_up.values_nxn, expected, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(by_down.values_nxn, expected, rtol=0, atol=1e-6)
-    pairs = [0, 1, 2, between, 1, 2, between, 1, between, 2 - between]
+    np.testing.assert_allclose(by_up.values_nxn, BY_HAND, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(by_down.values_nxn, BY_HAND, rtol=0, atol=1e-6)
+    pairs = [0, 1, 2, BETWEEN, 1, 2, BETWEEN, 1, BETWEEN, 2 - BETWEEN]
     np.testing.assert_allclose(by_up.pairs, pairs, rtol=0, atol=1e-6)
 
 
@@ -155,15 +158,7 @@ def test_outputs_that_are_scaled_orthogonal_and_opposite_by_hand(stored):
     same = {"up_kernel": np.ones((5, 2, 3)), "up_bias": np.ones((5, 3)), "down_bias": np.zeros((5, 2))}
     changed = with_ffn(stored, **same, down_kernel=down)
     [found] = output_diversity(changed, seen_of(stored, np.array([[[[0.5, 0.25], [1.0, 2.0]]]])))
-    between = 1 - 0.5**0.5
-    expected = [
-        [0, 0, 1, 2, between],
-        [0, 0, 1, 2, between],
-        [1, 1, 0, 1, between],
-        [2, 2, 1, 0, 2 - between],
-        [between, between, between, 2 - between, 0],
-    ]
-    np.testing.assert_allclose(found.values_nxn, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.values_nxn, BY_HAND, rtol=0, atol=1e-6)
 
 
 def test_an_expert_that_does_nothing_has_nothing_to_do_with_the_others(stored):
