@@ -3,8 +3,10 @@
 Axes: n images, H and W pixels, c channels.
 """
 
+from importlib import util
+from pathlib import Path
+
 import numpy as np
-from sklearn.datasets import load_digits
 
 from bvit_jax.data_config import DataConfig
 
@@ -14,8 +16,10 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
     The original has grey levels from 0 to 16.
     """
-    found = load_digits()
-    return _as_uint8(found.images[..., None] / 16), found.target.astype(np.int32)
+    # Importing scikit-learn takes longer than everything else at the start of a run together: its file is enough.
+    scikit_learn = Path(str(util.find_spec("sklearn").origin)).parent  # type: ignore[union-attr]
+    table = np.loadtxt(scikit_learn / "datasets" / "data" / "digits.csv.gz", np.uint8, delimiter=",")
+    return _as_uint8(table[:, :-1].reshape(-1, 8, 8, 1) / 16), table[:, -1].astype(np.int32)
 
 
 def gratings(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ of a sweep it tells how sure the mean is on these test images, not how far other
 deals one pool of images anew, it tells of both, but the deals overlap, so that it is too narrow (Nadeau & Bengio).
 
 References:
-    Student, "The Probable Error of a Mean", Biometrika 6 (1908); quantiles from `scipy.stats.t`.
+    Student, "The Probable Error of a Mean", Biometrika 6 (1908); quantiles from `scipy.special.stdtrit`.
     Nadeau and Bengio, "Inference for the Generalization Error", Machine Learning 52 (2003).
 """
 
@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 CONFIDENCE = 0.95
 
@@ -22,5 +22,5 @@ def half_interval(values: Sequence[float] | np.ndarray) -> float:
     """Returns half the width of the confidence interval of the mean of `values`; nan for fewer than two."""
     if len(values) < 2:
         return math.nan
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    quantile = special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)
     return float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))

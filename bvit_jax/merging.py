@@ -23,7 +23,6 @@ from collections.abc import Mapping
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import AgglomerativeClustering
 
 _SHAPES = {"up_kernel": "EDF", "up_bias": "EF", "down_kernel": "EFD", "down_bias": "ED"}
 _HIDDEN_AXIS = {"up_kernel": 1, "up_bias": 0, "down_kernel": 0}
@@ -54,6 +53,8 @@ def groups(outputs_ExNxD: np.ndarray, number: int) -> np.ndarray:
         raise ValueError(f"{experts} experts make from 1 to {experts} groups; found {number}")
     if number == experts:
         return np.arange(experts)
+    from sklearn.cluster import AgglomerativeClustering  # slow to import, and few compressions merge
+
     clustering = AgglomerativeClustering(n_clusters=number, metric="precomputed", linkage="average")
     cluster_E = clustering.fit(_distances(outputs_ExNxD)).labels_
     _, first_M, sorted_E = np.unique(cluster_E, return_index=True, return_inverse=True)

@@ -38,12 +38,16 @@ def _quality(results: pd.DataFrame, means: pd.DataFrame, fits: Fits) -> Picture:
                 if line["family"].iloc[0] == "dense":
                     _level(axes, unit * line[mean].iloc[0], half.iloc[0], style)
                     continue
-                axes.errorbar(line["num_experts"], unit * line[mean], half, capsize=2, **style | {"linestyle": ""})
+                aside = _aside(means, series)
+                experts = aside * line["num_experts"]
+                axes.errorbar(experts, unit * line[mean], half, capsize=2, **style | {"linestyle": ""})
                 runs = results[(results["series"] == series) & results[column].notna()]
-                axes.scatter(runs["num_experts"], unit * runs[column], s=4, color=style["color"], alpha=0.4)
+                axes.scatter(aside * runs["num_experts"], unit * runs[column], s=4, color=style["color"], alpha=0.4)
                 _law(axes, fits.get((series, column)), line["num_experts"], unit, style)
             _expert_axis(axes, means)
             axes.set_ylabel(label)
+            if column == "test_accuracy":
+                _at_most_all(axes)
         _legend(figure)
 
     caption = """Test accuracy and negative log-likelihood against experts. Markers: means over seeds with 95 %
@@ -91,6 +95,7 @@ def _against_bytes(means: pd.DataFrame) -> Picture:
         axes.set_xscale("log")
         axes.set_xlabel("whole file (MB)")
         axes.set_ylabel("test accuracy (%)")
+        _at_most_all(axes)
         _legend(figure)
 
     caption = """Test accuracy against bytes as stored for inference; beside each point its number of experts. Bars:
@@ -107,10 +112,10 @@ def _experts(means: pd.DataFrame) -> Picture:
         for style, series, _ in _lines(means):
             line = known[known["series"] == series].sort_values("num_experts")
             if len(line):
-                experts = line["num_experts"]
+                experts, aside = line["num_experts"], _aside(means, series)
                 half, half_used = (line[f"{name}_interval"].fillna(0) for name in ("output_cosine", "experts_used"))
-                left.errorbar(experts, 1 - line["output_cosine"], half, capsize=2, **style)
-                right.errorbar(experts, line["experts_used"] / experts, half_used / experts, capsize=2, **style)
+                left.errorbar(aside * experts, 1 - line["output_cosine"], half, capsize=2, **style)
+                right.errorbar(aside * experts, line["experts_used"] / experts, half_used / experts, capsize=2, **style)
         for axes, label in ((left, "diversity of outputs, 1 - cosine"), (right, "effective share of experts used")):
             _expert_axis(axes, known)
             axes.set_ylabel(label)
@@ -132,6 +137,18 @@ def _lines(means: pd.DataFrame) -> list[tuple[dict[str, Any], str, pd.DataFrame]
         style |= {"label": str(series), "linestyle": ("-", "--", ":")[number // 7 % 3]}
         found.append((style, str(series), line.sort_values("num_experts")))
     return found
+
+
+def _aside(means: pd.DataFrame, series: str) -> float:
+    """Returns the factor, around 1, that keeps the bars of a curve beside those of the others."""
+    mixtures = list(means.loc[means["family"] != "dense", "series"].unique())
+    share = mixtures.index(series) / (len(mixtures) - 1) if len(mixtures) > 1 else 0.5
+    return float(1.2 ** (share - 0.5))
+
+
+def _at_most_all(axes: Axes) -> None:
+    """Ends an axis of per cent where there is no more, with room for half a marker."""
+    axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
 
 
 def _level(axes: Axes, value: float, half: float, style: dict[str, Any]) -> None:

@@ -205,6 +205,7 @@ def _unpacking(name: str, unpack: Callable[[str, Any], Any] | None) -> Any:
     return nn.map_variables(Pattern, "params", lambda stored: {"params": unpack(name, stored["params"])})
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
     """Draws the parameters of a model, a nested dict of float32 arrays; layers of one segment share a leading axis."""
     return nn.unbox(_init_with_axes(config, key))

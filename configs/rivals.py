@@ -19,7 +19,7 @@ import ml_collections
 from bvit_jax import compress_request
 from configs import parity, studies
 
-SEEDS = (20, 21)
+SEEDS = tuple(range(20, 25))
 KINDS: studies.Alternatives = {
     "dense": parity.KINDS["dense"],
     "dense, bytes of butterfly 16": parity.KINDS["dense, bytes of butterfly 16"],

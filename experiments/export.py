@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -46,7 +47,9 @@ def main(argv: Sequence[str]) -> None:
     shape = (CHECK_IMAGES, m.image_size, m.image_size, m.channels)
     noise = np.random.default_rng(0).random(shape, np.float32)
     loaded = packed.load(out)
-    wanted, _ = vit.apply(m.deployed(), encoding.as_stored(params, m, chosen), jnp.asarray(noise))
+    wanted, _ = jax.jit(vit.apply, static_argnums=0)(
+        m.deployed(), encoding.as_stored(params, m, chosen), jnp.asarray(noise)
+    )
     difference = float(np.abs(loaded(noise) - np.asarray(wanted)).max())
 
     standard = memory.standard_ledger(config)

@@ -5,25 +5,24 @@ import dataclasses
 import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
 import jax
 import pytest
-from conftest import ROOT, make_config
 
 from bvit_jax import bench_checkpoints, files, train_step
 from bvit_jax.bench_checkpoints import COLUMNS, added
 from bvit_jax.checkpoints import Checkpoints
 from bvit_jax.stepping import Stepper
+from tests.commands import start_here
+from tests.conftest import make_config
 
 TINY = make_config("dense", model__d_model=16, model__d_ff=32, model__num_layers=1)
 
 
 def start(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "experiments.bench_checkpoints", "--config=configs/digits.py:dense", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return start_here("experiments.bench_checkpoints", "--config=configs/digits.py:dense", *flags)
 
 
 def test_the_per_cent_is_the_added_seconds_over_those_of_an_interval():

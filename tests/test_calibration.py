@@ -132,7 +132,7 @@ def test_what_experts_see_against_a_loop_over_tokens():
     first, mixture, _ = calibration.layers(model)
     walk.step(first)
     seen = walk.see(mixture)
-    x_NxD = vit.ffn_inputs(model, params, images)["segment_1"]["block_0"][0].reshape(-1, 8)
+    x_NxD = jax.jit(vit.ffn_inputs, static_argnums=0)(model, params, images)["segment_1"]["block_0"][0].reshape(-1, 8)
     np.testing.assert_allclose(seen.rows["ffn"], x_NxD, atol=1e-5)
     router = own["segment_1/block_0/ffn/router/kernel"][0]
     chosen = [oracles.route(x @ router, 2)[0] for x in np.asarray(x_NxD, np.float64)]

@@ -14,8 +14,8 @@ from bvit_jax.compress_request import Request
 from bvit_jax.compressed import MAPS_FILE, MODEL_FILE, RESULT_FILE
 from bvit_jax.data import Split
 from bvit_jax.model_config import ConfigError
+from tests.commands import start, start_here
 from tests.conftest import make_config
-from tests.test_experiments import start
 
 SMALL: dict[str, Any] = {
     "model__d_model": 16,
@@ -197,13 +197,13 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
     )
     assert f"mixed_rank of step {result['step']} in " in found.stdout
     assert "segment_0/block_0/ffn/up/kernel" in found.stdout
-    scored = start("experiments.evaluate", f"--model={out / MODEL_FILE}", "--json")
+    scored = start_here("experiments.evaluate", f"--model={out / MODEL_FILE}", "--json")
     assert scored.returncode == 0, scored.stderr
     (row,) = json.loads(scored.stdout)
     assert (row["bytes_full"], row["numbers"]) == (result["bytes_full"], "experts float32, maps as factors")
     assert row["accuracy"] == pytest.approx(result["test_accuracy"], abs=0.003)
     (out / "notes.txt").write_text("mine")
-    again = start("experiments.compress", *flags, f"--out={out}")
+    again = start_here("experiments.compress", *flags, f"--out={out}")
     assert (again.returncode, again.stderr) == (
         2,
         f"error: out = {str(out)!r}: it must be a directory of its own; this one holds notes.txt\n",
@@ -211,7 +211,7 @@ def test_the_commands_of_the_readme(dense: Path, tmp_path: Path) -> None:
 
 
 def test_help_lists_the_methods() -> None:
-    shown = start("experiments.compress", "--help").stdout
+    shown = start_here("experiments.compress", "--help").stdout
     for method in ("rounding", "quantise", "prune", "svd", "activation_aware", "mixed", "mixed_rank", "merge"):
         assert re.search(rf"^ +{method} +\w", shown, re.MULTILINE)
 

@@ -1,4 +1,4 @@
-"""From a trained run to a packed file and its predictions, with the entry points as a user starts them."""
+"""From a trained run to a packed file and its predictions, by the commands that a user gives."""
 
 import csv
 import hashlib
@@ -12,8 +12,8 @@ from PIL import Image
 
 from bvit_jax import data, memory, packed
 from bvit_jax.config import Config, from_dict
+from tests.commands import start, start_here, train
 from tests.conftest import make_config
-from tests.test_experiments import start, train
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +66,11 @@ def make_run_config(workdir: Path) -> Config:
 
 def test_the_same_run_gives_the_same_bytes_and_other_formats_other_ones(run, model, tmp_path):
     again, small = tmp_path / "again.safetensors", tmp_path / "small.safetensors"
-    assert start("experiments.export", f"--workdir={run}", f"--out={again}", "--angle_bits=8").returncode == 0
+    assert start_here("experiments.export", f"--workdir={run}", f"--out={again}", "--angle_bits=8").returncode == 0
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
     assert hashlib.sha256(again.read_bytes()).hexdigest() == digest
     formats = ["--router=int4", "--backbone=int8", "--ends=bfloat16", "--trits=2bit"]
-    assert start("experiments.export", f"--workdir={run}", f"--out={small}", *formats).returncode == 0
+    assert start_here("experiments.export", f"--workdir={run}", f"--out={small}", *formats).returncode == 0
     assert small.stat().st_size < again.stat().st_size / 1.5
     storage = packed.load(small).storage
     assert (storage.angle_bits, storage.router, storage.backbone, storage.trits) == (6, "int4", "int8", "2bit")
@@ -80,16 +80,18 @@ def test_the_same_run_gives_the_same_bytes_and_other_formats_other_ones(run, mod
 def test_the_file_scores_as_the_run_did(run, model, tmp_path):
     # 8 bits hold the 6-bit angles that the run was trained with, exactly.
     result = json.loads((run / "result.json").read_text())
-    of_file = json.loads(start("experiments.evaluate", f"--model={model}", "--json").stdout)
-    of_run = json.loads(start("experiments.evaluate", f"--workdir={run}", "--json").stdout)
+    of_file = json.loads(start_here("experiments.evaluate", f"--model={model}", "--json").stdout)
+    of_run = json.loads(start_here("experiments.evaluate", f"--workdir={run}", "--json").stdout)
     assert [row["accuracy"] for row in of_file + of_run] == [result["test_accuracy"]] * 2
     assert [row["nll"] for row in of_file + of_run] == pytest.approx([result["test_nll"]] * 2, abs=1e-6)
     assert of_file[0]["bytes_full"] == model.stat().st_size
     as_trained = memory.ledger(make_run_config(run))
     assert (of_run[0]["bytes_full"], of_run[0]["bytes_full_ffn"]) == (as_trained.bytes_full, as_trained.bytes_full_ffn)
-    repacked = json.loads(start("experiments.evaluate", f"--workdir={run}", "--json", "--router=bfloat16").stdout)
+    repacked = json.loads(start_here("experiments.evaluate", f"--workdir={run}", "--json", "--router=bfloat16").stdout)
     assert [row["numbers"] for row in repacked] == ["6-bit angles, router bfloat16"]
-    validation = json.loads(start("experiments.evaluate", f"--model={model}", "--json", "--split=validation").stdout)
+    validation = json.loads(
+        start_here("experiments.evaluate", f"--model={model}", "--json", "--split=validation").stdout
+    )
     assert validation[0]["accuracy"] == result["validation_accuracy"]
     assert (validation[0]["count"], of_file[0]["count"]) == (197, 400)
 
@@ -114,7 +116,7 @@ def test_a_table_of_formats_over_several_runs(run, other_run, tmp_path):
 
 def test_a_run_says_whether_its_experts_differ_and_are_used(run, tmp_path):
     known = json.loads((run / "result.json").read_text())["experts"]
-    found = start("experiments.evaluate", f"--workdir={run}", "--experts", f"--out={tmp_path / 'new'}")
+    found = start_here("experiments.evaluate", f"--workdir={run}", "--experts", f"--out={tmp_path / 'new'}")
     assert found.returncode == 0, found.stderr
     [row] = csv.DictReader(io.StringIO((tmp_path / "new" / "evaluation.csv").read_text()))
     for name in ("output_cosine", "experts_used", "lost_shuffled", "lost_one"):
@@ -128,11 +130,13 @@ def test_a_run_says_whether_its_experts_differ_and_are_used(run, tmp_path):
 
 def test_only_butterflies_have_angles(standard_run, run, tmp_path):
     for flag in ("--angle_bits=8", "--without_rotations"):
-        found = start("experiments.evaluate", f"--workdir={standard_run}", flag)
+        found = start_here("experiments.evaluate", f"--workdir={standard_run}", flag)
         assert found.returncode == 2
         assert "it must be the run of a butterfly" in found.stderr
     out = tmp_path / "m.safetensors"
-    shown = start("experiments.export", f"--workdir={standard_run}", f"--out={out}", "--experts_format=int4").stdout
+    shown = start_here(
+        "experiments.export", f"--workdir={standard_run}", f"--out={out}", "--experts_format=int4"
+    ).stdout
     assert "; experts int4, router float32\n" in shown
 
 
@@ -150,7 +154,7 @@ def test_predictions_on_files(model, tmp_path):
     np.testing.assert_allclose([row["probabilities"] for row in rows], wanted, atol=1e-6)
     assert [row["class"] for row in rows] == wanted.argmax(axis=1).tolist()
     assert [row["probability"] for row in rows] == pytest.approx(wanted.max(axis=1), abs=1e-6)
-    shown = start("experiments.predict", f"--model={model}", "--top=2", *files)
+    shown = start_here("experiments.predict", f"--model={model}", "--top=2", *files)
     assert "class 2" in shown.stdout
     assert "class 3" not in shown.stdout
     assert f"{100 * wanted[0].max():.1f}" in shown.stdout
@@ -200,7 +204,7 @@ def test_the_memory_report(tmp_path):
 )
 def test_bad_input_is_one_clear_error(arguments, message):
     name, *flags = arguments
-    found = start(f"experiments.{name}", *flags)
+    found = start_here(f"experiments.{name}", *flags)
     assert found.returncode == 2
     assert found.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
     assert "Traceback" not in found.stderr
@@ -208,9 +212,9 @@ def test_bad_input_is_one_clear_error(arguments, message):
 
 def test_an_unfinished_run_has_no_model(run, tmp_path):
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
-    found = start("experiments.export", f"--workdir={tmp_path}", f"--out={tmp_path / 'm'}")
+    found = start_here("experiments.export", f"--workdir={tmp_path}", f"--out={tmp_path / 'm'}")
     assert found.returncode == 2
     assert "it holds no checkpoint yet" in found.stderr
     assert not (tmp_path / "m").exists()
     (tmp_path / "config.json").write_text("{}")
-    assert "it is damaged, or of another version" in start("experiments.evaluate", f"--workdir={tmp_path}").stderr
+    assert "it is damaged, or of another version" in start_here("experiments.evaluate", f"--workdir={tmp_path}").stderr

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from bvit_jax.opened import Opened
 from bvit_jax.run_report import Report
 from configs import digits
 from tests import chromium
-from tests.conftest import ROOT, make_config
+from tests.commands import start, start_here
+from tests.conftest import make_config
 from tests.test_sweep import finish
 
 EVERYTHING = [
@@ -189,17 +188,12 @@ def test_sweeps_side_by_side(tmp_path: Path) -> None:
 # The command
 
 
-def start(*flags: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "experiments.report", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
 def written(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "figures").iterdir())
 
 
 def test_the_command_on_a_run(run: Path, tmp_path: Path) -> None:
-    done = start(f"--workdir={run}", f"--out={tmp_path / 'out'}", "--images=5")
+    done = start("experiments.report", f"--workdir={run}", f"--out={tmp_path / 'out'}", "--images=5")
     assert done.returncode == 0, done.stderr
     assert written(tmp_path / "out") == sorted(f"{name}.{ending}" for name in EVERYTHING for ending in ("png", "svg"))
     assert f"{tmp_path / 'out' / 'report.html'}; 11 figures, each as PNG and SVG" in done.stdout
@@ -214,7 +208,7 @@ def test_the_command_on_a_sweep_shows_its_own_pictures_too(tmp_path: Path) -> No
     (tmp_path / "sweep" / "plots").mkdir()
     drawn = figures.draw("cases", "", "", (3.5, 2.0), lambda figure: figure.subplots().plot([1, 2]))
     drawn.save(tmp_path / "sweep" / "plots")
-    done = start(f"--workdir={tmp_path / 'sweep'}", f"--out={tmp_path / 'out'}")
+    done = start_here("experiments.report", f"--workdir={tmp_path / 'sweep'}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert written(tmp_path / "out") == sorted(f"{name}.{ending}" for name in CURVES for ending in ("png", "svg"))
     if chromium.PROGRAM is not None:
@@ -232,7 +226,7 @@ def test_the_command_on_a_sweep_shows_its_own_pictures_too(tmp_path: Path) -> No
     ],
 )
 def test_bad_input_is_one_clear_error(flags: list[str], message: str, tmp_path: Path) -> None:
-    done = start(*(flag.replace("OUT", str(tmp_path / "out")) for flag in flags))
+    done = start_here("experiments.report", *(flag.replace("OUT", str(tmp_path / "out")) for flag in flags))
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
     assert not list(tmp_path.glob("out/*.html"))

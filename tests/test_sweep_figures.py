@@ -101,8 +101,19 @@ def test_dense_models_alone_have_no_picture_of_experts() -> None:
 
 def test_several_sweeps_stand_side_by_side() -> None:
     both = pd.concat([results("a: "), results("b: ")], ignore_index=True)
-    names = curves(both)["quality"].axes[0].get_legend_handles_labels()[1]
+    handles, names = curves(both)["quality"].axes[0].get_legend_handles_labels()
     assert names == ["a: dense", "b: dense", "a: standard", "b: standard"]
+    # Bars of equal numbers of experts are beside each other: 20 % apart, around the number.
+    one, other = (handle.lines[0].get_xdata(orig=False) for handle in handles[2:])
+    np.testing.assert_allclose(other / one, 1.2)
+    np.testing.assert_allclose(np.sqrt(one * other), [4, 16, 64])
+
+
+def test_no_axis_goes_on_beyond_all_images() -> None:
+    frame = results()
+    frame["test_accuracy"] = np.where(frame["seed"] == 0, 0.9, 1.0)
+    drawn = curves(frame)
+    assert [drawn[name].axes[0].get_ylim()[1] for name in ("quality", "accuracy_against_bytes")] == [100.5, 100.5]
 
 
 def test_nothing_finished_is_no_picture() -> None:

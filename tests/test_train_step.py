@@ -364,7 +364,7 @@ def test_what_is_seen_is_what_is_trained_on(batch, placement, key):
     for step in (0, 3):
         image_key, _ = train_step.step_keys(key, step)
         seen, mixed = jax.jit(functools.partial(train_step.as_seen, config, placement))(image_key, images, labels)
-        logits, report = vit.apply(config.model, state.params, seen)
+        logits, report = jax.jit(vit.apply, static_argnums=0)(config.model, state.params, seen)
         expected, _ = train_step.total_loss(config.loss, logits, labels, report, mixed)
         given = dataclasses.replace(copy_of(state), step=jnp.int32(step))
         _, metrics = train_step.make_train_step(config, placement)(given, key, images, labels)
