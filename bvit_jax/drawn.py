@@ -3,8 +3,7 @@
 Axes: n images, H and W pixels, c channels.
 """
 
-from importlib import util
-from pathlib import Path
+from importlib import metadata
 
 import numpy as np
 
@@ -17,8 +16,8 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     The original has grey levels from 0 to 16.
     """
     # Importing scikit-learn takes longer than everything else at the start of a run together: its file is enough.
-    scikit_learn = Path(str(util.find_spec("sklearn").origin)).parent  # type: ignore[union-attr]
-    table = np.loadtxt(scikit_learn / "datasets" / "data" / "digits.csv.gz", np.uint8, delimiter=",")
+    path = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    table = np.loadtxt(str(path), np.uint8, delimiter=",")
     return _as_uint8(table[:, :-1].reshape(-1, 8, 8, 1) / 16), table[:, -1].astype(np.int32)
 
 

@@ -119,9 +119,9 @@ def trits(table: pd.DataFrame) -> Picture:
 def outliers(table: pd.DataFrame) -> Picture:
     """Draws the outliers among inputs before and after rotation; `table` as of `outliers.outlier_table`."""
     meanings = {
-        "crest": "largest over RMS channel of a token",
-        "kurtosis": "excess kurtosis of a token",
-        "channels": "largest over median RMS of a channel",
+        "crest": "crest factor of tokens",
+        "kurtosis": "excess kurtosis of tokens",
+        "channels": "max / median channel RMS",
     }
     layers = tuple(sorted(set(table["layer"])))
 
@@ -138,7 +138,9 @@ def outliers(table: pd.DataFrame) -> Picture:
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=2)
 
-    caption = """Outliers among the channels of what experts are given, before and after each turns it. Lower is more
-        even; Gaussian channels have kurtosis 0. Means over tokens, and over the experts of each, with 95 % confidence
-        intervals over images; of channels no interval is known."""
+    caption = """Outliers among the channels of what experts are given, before and after each turns it. Crest factor:
+        the largest channel of a token over their RMS. Kurtosis: over a token's channels, 0 if these are Gaussian. On
+        the right, the RMS over all tokens of the largest channel over that of the median one. Lower is more even. Means
+        over tokens, and over the experts of each, with 95 % confidence intervals over images, but for channels. Points
+        are drawn side by side."""
     return figures.draw("outliers", "Do rotations spread outliers?", caption, (figures.PAGE, 2.3), onto)

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from bvit_jax.intervals import CONFIDENCE
+from bvit_jax import intervals
 
 Law = Literal["linear in log2 E", "power of E"]
 
@@ -99,7 +99,7 @@ def fit(experts: Sequence[float] | np.ndarray, values: Sequence[float] | np.ndar
 
 
 def _quantile(runs: int) -> float:
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, runs - 2)) if runs > 2 else math.nan
+    return intervals.quantile(runs - 2) if runs > 2 else math.nan
 
 
 LAWS: dict[str, Law] = {
@@ -126,7 +126,7 @@ def series_fits(results: pd.DataFrame) -> dict[tuple[str, str], Fit]:
                 if column.startswith("bytes"):
                     points = points.drop_duplicates()
                 values = points[column].to_numpy()
-                if law == "linear in log2 E" or (values > 0).all():
+                if np.isfinite(values).all() and (law == "linear in log2 E" or (values > 0).all()):
                     found[str(series), column] = fit(points["num_experts"].to_numpy(), values, law)
     return found
 

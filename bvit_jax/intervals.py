@@ -22,5 +22,9 @@ def half_interval(values: Sequence[float] | np.ndarray) -> float:
     """Returns half the width of the confidence interval of the mean of `values`; nan for fewer than two."""
     if len(values) < 2:
         return math.nan
-    quantile = special.stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)
-    return float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def quantile(degrees: int) -> float:
+    """Returns Student's t of so many degrees of freedom for both ends of an interval."""
+    return float(special.stdtrit(degrees, (1 + CONFIDENCE) / 2))

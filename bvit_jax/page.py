@@ -69,21 +69,11 @@ def _shown(part: Part) -> dict[str, str]:
         content = part.frame.map(_cell).to_html(index=False, border=0)
         return {"kind": "table", "caption": part.caption, "content": content}
     if isinstance(part, File):
-        return {
-            "kind": "picture",
-            "title": part.title,
-            "caption": "",
-            "width": "auto",
-            "source": _data(part.path.read_bytes()),
-        }
-    width = f"{part.figure.get_figwidth() * _REM_AN_INCH:.4g}rem"  # alike for all, so that their letters are
-    return {
-        "kind": "picture",
-        "title": part.title,
-        "caption": part.caption,
-        "width": width,
-        "source": _data(part.png),
-    }
+        caption, width, content = "", "auto", part.path.read_bytes()
+    else:
+        width = f"{part.figure.get_figwidth() * _REM_AN_INCH:.4g}rem"  # alike for all, so that their letters are
+        caption, content = part.caption, part.png
+    return {"kind": "picture", "title": part.title, "caption": caption, "width": width, "source": _data(content)}
 
 
 def _cell(value: object) -> str:

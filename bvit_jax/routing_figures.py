@@ -124,8 +124,8 @@ def load(seen: SeenRouting, table: pd.DataFrame) -> Picture:
 
     caption = """Load: share of all (token, choice) pairs times E, 1 in balance. Routing entropy: of the probabilities
         of the tokens whose first choice the expert is; 0 if the router is sure, 1 if it does not care. Label entropy:
-        of the classes of those tokens, over that of the images; 0 if they are all of one class, 1 if it takes all
-        classes alike, less by chance where its tokens are few. Light grey: the expert is nobody's first choice."""
+        of the classes of those tokens, over that of the images; 0 if they are all of one class, 1 if they are as mixed
+        as the images or more, less by chance where its tokens are few. Light grey: nobody's first choice."""
     return figures.draw("load", "What each expert gets", caption, (figures.PAGE, 1.9 + 0.16 * shape[0]), onto)
 
 

@@ -12,7 +12,7 @@ from bvit_jax import workdir as workdirs
 from bvit_jax.config import Config
 
 Status = Literal["finished", "going on", "stopped", "not begun"]
-_ENDS: tuple[journal.Kind, ...] = ("preempted", "stopped", "unsaved")
+_ENDS: tuple[journal.Kind, ...] = ("preempted", "stopped")
 """Incidents that end a process."""
 
 

@@ -35,24 +35,28 @@ def _quality(results: pd.DataFrame, means: pd.DataFrame, fits: Fits) -> Picture:
         for axes, (column, (mean, unit, label)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
             for style, series, line in _lines(means):
                 half = unit * line[f"{mean}_interval"].fillna(0)
+                bars = _accuracy_bars(line) if column == "test_accuracy" else half
                 if line["family"].iloc[0] == "dense":
                     _level(axes, unit * line[mean].iloc[0], half.iloc[0], style)
                     continue
-                aside = _aside(means, series)
-                experts = aside * line["num_experts"]
-                axes.errorbar(experts, unit * line[mean], half, capsize=2, **style | {"linestyle": ""})
+                dodge = _dodge(means, series)
+                experts = dodge * line["num_experts"]
+                marks = style | {"capsize": 2, "clip_on": False, "linestyle": ""}
+                axes.errorbar(experts, unit * line[mean], bars, **marks)
                 runs = results[(results["series"] == series) & results[column].notna()]
-                axes.scatter(aside * runs["num_experts"], unit * runs[column], s=4, color=style["color"], alpha=0.4)
+                dots: dict[str, Any] = {"s": 4, "color": style["color"], "alpha": 0.4, "clip_on": False}
+                axes.scatter(dodge * runs["num_experts"], unit * runs[column], **dots)
                 _law(axes, fits.get((series, column)), line["num_experts"], unit, style)
             _expert_axis(axes, means)
             axes.set_ylabel(label)
             if column == "test_accuracy":
-                _at_most_all(axes)
+                _cap_at_100_percent(axes)
         _legend(figure)
 
     caption = """Test accuracy and negative log-likelihood against experts. Markers: means over seeds with 95 %
         confidence intervals; dots: single runs; lines: laws fitted to the runs, a + b log2 E for the accuracy and a E^b
-        for the NLL, with 95 % bands; level: dense models."""
+        for the NLL, with 95 % bands; level: dense models. Intervals end at 100 %. Markers of equal E are drawn side
+        by side."""
     return figures.draw("quality", "Accuracy against experts", caption, _size(2.6, means), onto)
 
 
@@ -86,8 +90,8 @@ def _against_bytes(means: pd.DataFrame) -> Picture:
     def onto(figure: Figure) -> None:
         axes = figure.subplots()
         for style, _, line in _lines(means):
-            half = 100 * line["accuracy_interval"].fillna(0)
-            axes.errorbar(line["bytes_full"] / 1e6, 100 * line["accuracy"], half, capsize=2, **style)
+            megabytes, accuracy = line["bytes_full"] / 1e6, 100 * line["accuracy"]
+            axes.errorbar(megabytes, accuracy, _accuracy_bars(line), **style | {"capsize": 2, "clip_on": False})
             if line["family"].iloc[0] != "dense":
                 for row in line.itertuples():
                     place = row.bytes_full / 1e6, 100 * row.accuracy
@@ -95,11 +99,11 @@ def _against_bytes(means: pd.DataFrame) -> Picture:
         axes.set_xscale("log")
         axes.set_xlabel("whole file (MB)")
         axes.set_ylabel("test accuracy (%)")
-        _at_most_all(axes)
+        _cap_at_100_percent(axes)
         _legend(figure)
 
     caption = """Test accuracy against bytes as stored for inference; beside each point its number of experts. Bars:
-        95 % confidence intervals over seeds."""
+        95 % confidence intervals over seeds, which end at 100 %."""
     width, height = figures.COLUMN, _size(2.6, means)[1] + 0.3
     return figures.draw("accuracy_against_bytes", "Accuracy against bytes", caption, (width, height), onto)
 
@@ -112,10 +116,10 @@ def _experts(means: pd.DataFrame) -> Picture:
         for style, series, _ in _lines(means):
             line = known[known["series"] == series].sort_values("num_experts")
             if len(line):
-                experts, aside = line["num_experts"], _aside(means, series)
+                experts, dodge = line["num_experts"], _dodge(means, series)
                 half, half_used = (line[f"{name}_interval"].fillna(0) for name in ("output_cosine", "experts_used"))
-                left.errorbar(aside * experts, 1 - line["output_cosine"], half, capsize=2, **style)
-                right.errorbar(aside * experts, line["experts_used"] / experts, half_used / experts, capsize=2, **style)
+                left.errorbar(dodge * experts, 1 - line["output_cosine"], half, capsize=2, **style)
+                right.errorbar(dodge * experts, line["experts_used"] / experts, half_used / experts, capsize=2, **style)
         for axes, label in ((left, "diversity of outputs, 1 - cosine"), (right, "effective share of experts used")):
             _expert_axis(axes, known)
             axes.set_ylabel(label)
@@ -124,7 +128,7 @@ def _experts(means: pd.DataFrame) -> Picture:
 
     caption = """Whether experts differ and are used, means over layers and seeds with 95 % confidence intervals over
         seeds: 1 minus the cosine between what two experts give for one token, and the effective number of experts used
-        over E."""
+        over E. Markers of equal E are drawn side by side."""
     return figures.draw("experts", "Do experts differ, and are they used?", caption, _size(2.6, known), onto)
 
 
@@ -139,16 +143,22 @@ def _lines(means: pd.DataFrame) -> list[tuple[dict[str, Any], str, pd.DataFrame]
     return found
 
 
-def _aside(means: pd.DataFrame, series: str) -> float:
+def _accuracy_bars(line: pd.DataFrame) -> np.ndarray:
+    """Returns the halves of the intervals of the accuracy below and above, in per cent, (2, points)."""
+    half, room = 100 * line["accuracy_interval"].fillna(0), 100 - 100 * line["accuracy"]
+    return np.stack([half, np.minimum(half, room)])
+
+
+def _dodge(means: pd.DataFrame, series: str) -> float:
     """Returns the factor, around 1, that keeps the bars of a curve beside those of the others."""
     mixtures = list(means.loc[means["family"] != "dense", "series"].unique())
     share = mixtures.index(series) / (len(mixtures) - 1) if len(mixtures) > 1 else 0.5
     return float(1.2 ** (share - 0.5))
 
 
-def _at_most_all(axes: Axes) -> None:
-    """Ends an axis of per cent where there is no more, with room for half a marker."""
-    axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
+def _cap_at_100_percent(axes: Axes) -> None:
+    """Ends an axis of accuracies there; markers on the line are whole if they are drawn without clipping."""
+    axes.set_ylim(top=min(axes.get_ylim()[1], 100))
 
 
 def _level(axes: Axes, value: float, half: float, style: dict[str, Any]) -> None:

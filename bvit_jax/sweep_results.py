@@ -95,14 +95,18 @@ def means(results: pd.DataFrame) -> pd.DataFrame:
     return grouped.agg(
         seeds=("seed", "size"),
         accuracy=("test_accuracy", "mean"),
-        accuracy_interval=("test_accuracy", intervals.half_interval),
+        accuracy_interval=("test_accuracy", _interval),
         nll=("test_nll", "mean"),
-        nll_interval=("test_nll", intervals.half_interval),
+        nll_interval=("test_nll", _interval),
         bytes_full=("bytes_full", "first"),
         bytes_full_ffn=("bytes_full_ffn", "first"),
         bytes_paper=("bytes_paper", "first"),
         output_cosine=("output_cosine", "mean"),
-        output_cosine_interval=("output_cosine", intervals.half_interval),
+        output_cosine_interval=("output_cosine", _interval),
         experts_used=("experts_used", "mean"),
-        experts_used_interval=("experts_used", intervals.half_interval),
+        experts_used_interval=("experts_used", _interval),
     )
+
+
+def _interval(values: pd.Series) -> float:
+    return intervals.half_interval(values.dropna().to_numpy())

@@ -189,6 +189,10 @@ class _Run:
             text = f"told to stop; step {step} is saved" if step else "told to stop before the first step"
             self.journal.incident("preempted", step, text)
             raise preemption.Preempted(text) from None
+        except checkpoints.SaveError as error:
+            with contextlib.suppress(OSError):  # the disk may be full for this too
+                self.journal.incident("stopped", error.step, str(error))
+            raise
         finally:
             log.close()
 

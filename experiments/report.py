@@ -11,7 +11,7 @@ of scaling fitted to them. --out receives report.html, which holds all its pictu
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import cast, get_args
 
 import jax
 from absl import flags
@@ -36,8 +36,10 @@ def main(argv: Sequence[str]) -> None:
     data_flags.apply()
     paths = [Path(name) for name in _WORKDIR.value if name]
     _check(paths)
-    out = _empty_directory(str(_OUT.value))
+    out = _directory(str(_OUT.value))
     report, folder = _report(paths), out / "figures"
+    for earlier in (*folder.glob("*.png"), *folder.glob("*.svg")):
+        earlier.unlink()
     pictures = [part for section in report.sections for part in section.parts if isinstance(part, Picture)]
     for picture in pictures:
         picture.save(folder)
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
 def _report(paths: list[Path]) -> Report:
     if all(sweep_results.is_sweep(path) for path in paths):
         return sweep_report.of_sweeps(paths)
-    split: Any = _SPLIT.value
+    split = cast(data.SplitName, _SPLIT.value)
     packed = opened.packed_at(paths[0])
     if packed is not None:
         return run_report.of_file(packed, split, _IMAGES.value)
@@ -65,14 +67,12 @@ def _check(paths: list[Path]) -> None:
             trained.config_of(paths[0], f"workdir = {str(paths[0])!r}")
 
 
-def _empty_directory(value: str) -> Path:
-    """Makes the directory of a report, or takes the pictures out of an earlier one's."""
+def _directory(value: str) -> Path:
+    """Makes the directory of a report, or checks that what it holds is an earlier one."""
     out = entry.make_directory("out", value)
-    others = sorted({path.name for path in out.iterdir()} - {"report.html", "figures"})
+    found = {path.name for path in out.iterdir()}
+    others = sorted(found - ({"report.html", "figures"} if "report.html" in found else set()))
     require(not others, "out", value, f"a directory of its own; this one holds {', '.join(others[:3])}")
-    folder = entry.make_directory("out", str(out / "figures"))
-    for path in (*folder.glob("*.png"), *folder.glob("*.svg")):
-        path.unlink()
     return out
 
 

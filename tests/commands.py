@@ -49,7 +49,8 @@ def start_here(*arguments: object) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(errors),
     ):
-        warnings.simplefilter("ignore")  # those of libraries are for the tests' own code
+        warnings.simplefilter("ignore")  # as Python does for deprecations in libraries
+        warnings.simplefilter("error", UserWarning)
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
             status = 0
@@ -72,7 +73,9 @@ def _as_if_alone() -> Iterator[None]:
         yield
     finally:
         for name in set(flags.FLAGS) - known:
-            delattr(flags.FLAGS, name)
+            # What libraries define when they are first imported stays, as they do.
+            if (flags.FLAGS.find_module_defining_flag(name) or "experiments").startswith("experiments"):
+                delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
         for name in _modules():
             del sys.modules[name]

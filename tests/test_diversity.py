@@ -226,7 +226,8 @@ def test_outputs_are_compared_over_some_tokens(stored, monkeypatch, pairs, token
     # Five experts: 15 rows are three tokens with all of them, and one token is the least.
     monkeypatch.setattr(expert_use, "PAIRS", pairs)
     seen = random_seen(stored)
-    [found] = output_diversity(stored, seen)
+    [found], [again] = output_diversity(stored, seen), output_diversity(stored, seen)
+    np.testing.assert_array_equal(found.values_nxn, again.values_nxn)
     x_NxD = seen.x_MxBxTxD[0].reshape(10, 2)
     choices = itertools.combinations(range(10), tokens)
     of_choices = (slow(list(outputs(stored, stored.mixtures[0], x_NxD[list(each)]).swapaxes(0, 1))) for each in choices)

@@ -200,7 +200,7 @@ def test_each_curve_of_two_numbers_of_experts_has_its_laws() -> None:
     assert laws["butterfly tied", "bytes_full_ffn"] == pytest.approx((50, 1))
 
 
-@pytest.mark.parametrize("nll", [0.0, None])
+@pytest.mark.parametrize("nll", [0.0, None, math.inf])
 def test_values_that_no_power_law_fits_have_none(nll: float | None) -> None:
     results = pd.DataFrame([run("standard", 2, 0.5), run("standard", 4, 1.0, test_nll=nll)])
     assert [column for _, column in fits.series_fits(results)] == ["test_accuracy", "bytes_full", "bytes_full_ffn"]

@@ -187,35 +187,79 @@ def test_sweeps_side_by_side(tmp_path: Path) -> None:
 
 # The command
 
+needs_chromium = pytest.mark.skipif(chromium.PROGRAM is None, reason="Chromium is not installed")
+
 
 def written(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "figures").iterdir())
 
 
-def test_the_command_on_a_run(run: Path, tmp_path: Path) -> None:
-    done = start("experiments.report", f"--workdir={run}", f"--out={tmp_path / 'out'}", "--images=5")
+@pytest.fixture(scope="module")
+def report_of_run(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command wrote of a run."""
+    out = tmp_path_factory.mktemp("reports") / "deep" / "out"
+    done = start("experiments.report", f"--workdir={run}", f"--out={out}", "--images=5")
     assert done.returncode == 0, done.stderr
-    assert written(tmp_path / "out") == sorted(f"{name}.{ending}" for name in EVERYTHING for ending in ("png", "svg"))
-    assert f"{tmp_path / 'out' / 'report.html'}; 11 figures, each as PNG and SVG" in done.stdout
-    if chromium.PROGRAM is not None:
-        seen = chromium.look(tmp_path / "out" / "report.html", tmp_path)
-        assert len(seen["pictures"]) == len(EVERYTHING)
-        assert min(width for _, width in seen["pictures"]) > 500
+    assert f"{out / 'report.html'}; 11 figures, each as PNG and SVG" in done.stdout
+    return out
 
 
-def test_the_command_on_a_sweep_shows_its_own_pictures_too(tmp_path: Path) -> None:
-    sweep_of(tmp_path / "sweep")
-    (tmp_path / "sweep" / "plots").mkdir()
+def test_the_command_on_a_run(report_of_run: Path) -> None:
+    assert written(report_of_run) == sorted(f"{name}.{ending}" for name in EVERYTHING for ending in ("png", "svg"))
+
+
+@needs_chromium
+def test_a_browser_shows_the_report_of_a_run(report_of_run: Path, tmp_path: Path) -> None:
+    seen = chromium.look(report_of_run / "report.html", tmp_path)
+    assert len(seen["pictures"]) == len(EVERYTHING)
+    assert min(width for _, width in seen["pictures"]) > 500
+
+
+@pytest.fixture(scope="module")
+def report_of_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command wrote of a sweep that has a picture of its own."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    sweep_of(folder / "sweep")
+    (folder / "sweep" / "plots").mkdir()
     drawn = figures.draw("cases", "", "", (3.5, 2.0), lambda figure: figure.subplots().plot([1, 2]))
-    drawn.save(tmp_path / "sweep" / "plots")
-    done = start_here("experiments.report", f"--workdir={tmp_path / 'sweep'}", f"--out={tmp_path / 'out'}")
+    drawn.save(folder / "sweep" / "plots")
+    done = start_here("experiments.report", f"--workdir={folder / 'sweep'}", f"--out={folder / 'out'}")
     assert done.returncode == 0, done.stderr
-    assert written(tmp_path / "out") == sorted(f"{name}.{ending}" for name in CURVES for ending in ("png", "svg"))
-    if chromium.PROGRAM is not None:
-        seen = chromium.look(tmp_path / "out" / "report.html", tmp_path)
-        assert [name for name, _ in seen["pictures"]][-1] == "sweep: cases"
-        assert len(seen["pictures"]) == len(CURVES) + 1
-        assert min(width for _, width in seen["pictures"]) > 500
+    return folder / "out"
+
+
+def test_the_command_on_a_sweep(report_of_sweep: Path) -> None:
+    assert written(report_of_sweep) == sorted(f"{name}.{ending}" for name in CURVES for ending in ("png", "svg"))
+
+
+@needs_chromium
+def test_a_browser_shows_the_report_of_a_sweep_and_its_own_pictures_too(report_of_sweep: Path, tmp_path: Path) -> None:
+    seen = chromium.look(report_of_sweep / "report.html", tmp_path)
+    assert [name for name, _ in seen["pictures"]][-1] == "sweep: cases"
+    assert len(seen["pictures"]) == len(CURVES) + 1
+    assert min(width for _, width in seen["pictures"]) > 500
+
+
+def test_a_report_is_written_over_an_earlier_one_and_over_nothing_else(tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "out" / "figures"
+    sweep_of(tmp_path / "sweep")
+    flags = (f"--workdir={tmp_path / 'sweep'}", f"--out={out}")
+    folder.mkdir(parents=True)
+    (folder / "mine.png").write_text("a picture of a paper")
+    refused = start_here("experiments.report", *flags)
+    assert refused.returncode == 2
+    told = f"error: out = {str(out)!r}: it must be a directory of its own; this one holds figures"
+    assert refused.stderr.strip().splitlines()[-1] == told
+    assert [path.name for path in folder.iterdir()] == ["mine.png"]
+    (out / "report.html").write_text("an earlier report, with a picture that this one lacks")
+    # A sweep whose results cannot be read leaves it as it was.
+    results = (tmp_path / "sweep" / "results.csv").read_bytes()
+    (tmp_path / "sweep" / "results.csv").write_text("damaged")
+    assert start_here("experiments.report", *flags).returncode == 2
+    assert [path.name for path in folder.iterdir()] == ["mine.png"]
+    (tmp_path / "sweep" / "results.csv").write_bytes(results)
+    assert start_here("experiments.report", *flags).returncode == 0
+    assert written(out) == sorted(f"{name}.{ending}" for name in CURVES for ending in ("png", "svg"))
 
 
 @pytest.mark.parametrize(
@@ -229,4 +273,4 @@ def test_bad_input_is_one_clear_error(flags: list[str], message: str, tmp_path: 
     done = start_here("experiments.report", *(flag.replace("OUT", str(tmp_path / "out")) for flag in flags))
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
-    assert not list(tmp_path.glob("out/*.html"))
+    assert not (tmp_path / "out").exists()

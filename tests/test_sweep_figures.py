@@ -113,7 +113,14 @@ def test_no_axis_goes_on_beyond_all_images() -> None:
     frame = results()
     frame["test_accuracy"] = np.where(frame["seed"] == 0, 0.9, 1.0)
     drawn = curves(frame)
-    assert [drawn[name].axes[0].get_ylim()[1] for name in ("quality", "accuracy_against_bytes")] == [100.5, 100.5]
+    # Means of 96.7 %, with intervals of 14.3.
+    for name in ("quality", "accuracy_against_bytes"):
+        axes = drawn[name].axes[0]
+        assert axes.get_ylim()[1] == 100
+        ends = [
+            end[1] for one in axes.containers for bars in one.lines[2] for bar in bars.get_segments() for end in bar
+        ]
+        assert (min(ends), max(ends)) == (pytest.approx(82.3, abs=0.05), pytest.approx(100))
 
 
 def test_nothing_finished_is_no_picture() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bvit_jax import compressed, executor, grid, preemption, rivals, sweep, train
+from bvit_jax import compressed, executor, files, grid, preemption, rivals, sweep, train
 from bvit_jax.failures import Failures
 from configs import sweep_digits
 from tests.conftest import ROOT, call, environment
@@ -110,14 +110,17 @@ def test_a_sweep_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(tmp
     assert refused.stderr.strip().splitlines()[-1] == (
         f"error: workdir = {str(tmp_path / 'killed')!r}: in use by another process ({name})"
     )
+    written = (first.directory / "result.json").stat().st_mtime_ns
     again = run(tmp_path / "killed", steps, seeds, "--jobs=1")
     assert again.returncode == 0, again.stderr
     assert f"taking over from {name}, which ended without letting go" in again.stdout
     assert "2 trials, 1 finished, 0 failed" in again.stdout
-    assert [row["status"] for row in rows(tmp_path / "killed")] == ["ok", "ok"]
+    assert (first.directory / "result.json").stat().st_mtime_ns == written
     train.run(second.config, tmp_path / "undisturbed", show_progress=False)
     undisturbed = dataclasses.replace(second, directory=tmp_path / "undisturbed")
-    found, wanted = (dataclasses.asdict(sweep.result_row(trial, None)) for trial in (second, undisturbed))
+    files.write_rows(tmp_path / "undisturbed.csv", [dataclasses.asdict(sweep.result_row(undisturbed, None))])
+    [ok, found], [wanted] = rows(tmp_path / "killed"), rows(tmp_path, "undisturbed.csv")
+    assert ok["status"] == "ok"
     for row in (found, wanted):
         assert all(row.pop(name) for name in TIMING)
     assert found == wanted

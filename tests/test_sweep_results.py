@@ -279,6 +279,14 @@ def test_means_over_one_and_three_seeds(tmp_path):
     np.testing.assert_allclose(means["experts_used_interval"], [np.nan, 4 * half, np.nan], rtol=1e-5)
 
 
+def test_an_interval_is_of_the_seeds_that_are_known(tmp_path):
+    rows = [finished(0.5, seed=seed, output_cosine=cosine) for seed, cosine in enumerate((0.25, 0.75, None))]
+    means = sweep_results.means(sweep_results.read(make_sweep(tmp_path / "small", rows)))
+    assert means["output_cosine"].tolist() == [0.5]
+    # Of two: deviation sqrt(2) / 4, t(0.975, 1) = 12.7062.
+    np.testing.assert_allclose(means["output_cosine_interval"], 12.7062 / 4, rtol=1e-5)
+
+
 def test_means_keep_settings_forms_and_sweeps_apart(tmp_path):
     kinds = [{}, {"settings": "a=1"}, {"form": "tied"}, {"family": "low_rank", "form": "-"}]
     rows = [finished(0.5, **kind) for kind in kinds]

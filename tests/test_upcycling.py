@@ -33,7 +33,7 @@ def logits(config: ModelConfig, params: Any, images: np.ndarray) -> np.ndarray:
 def test_a_mixture_starts_as_the_function_of_the_dense_model(family, moe_layers, key):
     # Experts are alike and two gates add up to 1; angles of 0 turn nothing and floats are not rounded.
     config, dense = model(family, moe_layers=moe_layers, **SILENT), model("dense")
-    params, own = drawn(dense, 0), jax.jit(lambda key: vit.init_params(config, key))(key)
+    params, own = drawn(dense, 0), vit.init_params(config, key)
     first = upcycling.upcycled(config, own, params)
     assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, vit.param_shapes(config))
     images = np.random.default_rng(1).random((3, 8, 8, 1), np.float32)

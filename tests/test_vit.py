@@ -116,15 +116,14 @@ def test_parameter_shapes(dtype: str) -> None:
 
 def test_initial_parameters() -> None:
     config = small()
-    init = jit(vit.init_params, static_argnums=0)
-    params = init(config, jax.random.key(0))
+    params = vit.init_params(config, jax.random.key(0))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, vit.param_shapes(config))
     block = params["segment_0"]["block_0"]
     for stack in (block["ffn"]["up_prototype"], block["attention"]["query"]["kernel"], block["ffn"]["up_theta_angles"]):
         assert jnp.abs(stack[0] - stack[1]).max() > 0.01  # the layers of a scan start apart
     logits, _ = apply(config, params, random_images(config))
     np.testing.assert_array_equal(logits, np.zeros((3, 10)))
-    other = init(config, jax.random.key(1))
+    other = vit.init_params(config, jax.random.key(1))
     assert jnp.abs(other["patch_embedding"]["kernel"] - params["patch_embedding"]["kernel"]).max() > 0.01
 
 
