@@ -432,6 +432,7 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_has_no_result(tmp_path, m
     with pytest.raises(checkpoints.SaveError, match="step 6 could not be written: .*No space left"):
         train.run(make_config(), tmp_path, show_progress=False)
     assert not (tmp_path / "result.json").exists()
+    assert incidents(tmp_path) == [("unsaved", 3), ("stopped", 6)]
 
 
 @pytest.mark.parametrize("content", ['{"seed": ', "[]", "{}", '"text"', '{"config_digest": "other"}'])
