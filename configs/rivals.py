@@ -8,8 +8,8 @@ of rank 4, which take those of stored ones.
 
 Command:   python -m experiments.sweep --config=configs/rivals.py
 Hardware:  2 CPU cores
-Time:      69 min of trials in all, two at a time, with other work on the cores
-Result:    docs/rivals.md; two seeds so far
+Time:      59 min, two trials at a time, with other work on the cores
+Result:    docs/rivals.md
 """
 
 from typing import Any
