@@ -73,8 +73,9 @@ def _as_if_alone() -> Iterator[None]:
         yield
     finally:
         for name in set(flags.FLAGS) - known:
-            # What libraries define when they are first imported stays, as they do.
-            if (flags.FLAGS.find_module_defining_flag(name) or "experiments").startswith("experiments"):
+            module = str(flags.FLAGS.find_module_defining_flag(name))
+            is_own = module not in sys.modules or module.startswith(("experiments.", "absl.flags"))
+            if is_own:  # what libraries define when they are first imported stays, as they do
                 delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
         for name in _modules():
