@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
     _check(paths)
     out = _directory(str(_OUT.value))
     report, folder = _report(paths), out / "figures"
+    folder.mkdir(exist_ok=True)
     for earlier in (*folder.glob("*.png"), *folder.glob("*.svg")):
         earlier.unlink()
     pictures = [part for section in report.sections for part in section.parts if isinstance(part, Picture)]
