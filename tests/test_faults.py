@@ -365,11 +365,10 @@ def start(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_real_runs_come_through(tmp_path):
     out = tmp_path / "out"
-    kinds = ["SIGTERM", "newest: flipped byte"]
-    run = start(f"--out={out}", "--trials=2", f"--kinds={','.join(kinds)}")
+    run = start(f"--out={out}", "--trials=1", "--kinds=newest: flipped byte")
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == ""
-    assert "in 2 runs of 400 steps; 2 of 2 survived, 2 bit-exact; 1 of 1 damages found; good checkpoints lost: 0\n" in (
+    assert "in 1 runs of 400 steps; 1 of 1 survived, 1 bit-exact; 1 of 1 damages found; good checkpoints lost: 0\n" in (
         run.stdout
     )
     assert f"report: {out / 'faults.csv'}, with every trial's story and exit statuses\n" in run.stdout
@@ -378,14 +377,13 @@ def test_real_runs_come_through(tmp_path):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [field.name for field in dataclasses.fields(TrialRow)]
     assert [(row["trial"], row["kind"], row["damages"], row["damages_found"]) for row in rows] == [
-        ("1", "SIGTERM", "0", "0"),
-        ("2", "newest: flipped byte", "1", "1"),
+        ("1", "newest: flipped byte", "1", "1"),
     ]
     for row in rows:
         assert (row["survived"], row["exact"], row["good_lost"]) == ("True", "True", "0")
     stored = json.loads((out / "faults.json").read_text())
-    assert [TrialRow(**row).passed for row in stored] == [True, True]
-    for name in ("undisturbed", "trial_1", "trial_2"):
+    assert [TrialRow(**row).passed for row in stored] == [True]
+    for name in ("undisturbed", "trial_1"):
         assert (out / name / "result.json").exists()
         assert checkpoints.steps_in(out / name / checkpoints.DIRECTORY)[-1] == 400
 

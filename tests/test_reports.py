@@ -253,11 +253,11 @@ def test_a_report_is_written_over_an_earlier_one_and_over_nothing_else(tmp_path:
     assert [path.name for path in folder.iterdir()] == ["mine.png"]
     (out / "report.html").write_text("an earlier report, with a picture that this one lacks")
     # A sweep whose results cannot be read leaves it as it was.
-    results = (tmp_path / "sweep" / "results.csv").read_bytes()
-    (tmp_path / "sweep" / "results.csv").write_text("damaged")
+    results = (tmp_path / "sweep" / "results.json").read_bytes()
+    (tmp_path / "sweep" / "results.json").write_text("{")
     assert start_here("experiments.report", *flags).returncode == 2
     assert [path.name for path in folder.iterdir()] == ["mine.png"]
-    (tmp_path / "sweep" / "results.csv").write_bytes(results)
+    (tmp_path / "sweep" / "results.json").write_bytes(results)
     assert start_here("experiments.report", *flags).returncode == 0
     assert written(out) == sorted(f"{name}.{ending}" for name in CURVES for ending in ("png", "svg"))
 
@@ -273,4 +273,4 @@ def test_bad_input_is_one_clear_error(flags: list[str], message: str, tmp_path: 
     done = start_here("experiments.report", *(flag.replace("OUT", str(tmp_path / "out")) for flag in flags))
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
