@@ -7,7 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PROGRAM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="Chromium is not installed")
+"""For tests that open a page; `.ci/run` installs it where it can, and a user's machine may do without."""
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),

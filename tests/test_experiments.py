@@ -22,6 +22,8 @@ SMALL_GRID = [
     ("flags", "message"),
     [
         (["--config.model.variant=huge"], "model.variant = 'huge': it must be tiny or small or paper"),
+        (["--config.model.form=round"], "model.form = 'round': it must be separate or tied or reference"),
+        (["--config.model.patch_size=3"], "model.patch_size = 3: it must be a divisor of image_size = 8"),
         (["--config.model.top_k=9"], "model.top_k = 9: it must be at most num_experts = 8"),
         (["--config.loss.smoothness=-0.5"], "loss.smoothness = -0.5: it must be 0 or more"),
         (["--config.total_steps=0"], "total_steps = 0: it must be at least 1"),

@@ -15,6 +15,7 @@ from conftest import ROOT
 
 from bvit_jax import checkpoints, damage, faults, seals
 from bvit_jax.faults import KINDS, TrialRow, Undisturbed, differences
+from tests.commands import start, start_here
 
 PASSED = TrialRow(1, "SIGKILL", 2, 1, 3, 3, 10, True, True, 0, 0, "-9 -9 0", "SIGKILL at step 3")
 
@@ -358,14 +359,9 @@ def test_a_run_that_is_killed_with_its_result_written_lost_nothing(undisturbed, 
 # The bench
 
 
-def start(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "experiments.faults", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-
-
 def test_real_runs_come_through(tmp_path):
     out = tmp_path / "out"
-    run = start(f"--out={out}", "--trials=1", "--kinds=newest: flipped byte")
+    run = start("experiments.faults", f"--out={out}", "--trials=1", "--kinds=newest: flipped byte")
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stderr == ""
     assert "in 1 runs of 400 steps; 1 of 1 survived, 1 bit-exact; 1 of 1 damages found; good checkpoints lost: 0\n" in (
@@ -398,7 +394,7 @@ def test_real_runs_come_through(tmp_path):
     ],
 )
 def test_bad_flags_are_one_clear_error_and_leave_nothing_behind(tmp_path, arguments, message):
-    run = start(f"--out={tmp_path / 'out'}", *arguments)
+    run = start_here("experiments.faults", f"--out={tmp_path / 'out'}", *arguments)
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: {message}")
     assert len(run.stderr.splitlines()) == 1
@@ -408,7 +404,7 @@ def test_bad_flags_are_one_clear_error_and_leave_nothing_behind(tmp_path, argume
 
 def test_a_directory_that_holds_something_is_refused(tmp_path):
     (tmp_path / "mine").write_text("")
-    run = start(f"--out={tmp_path}")
+    run = start_here("experiments.faults", f"--out={tmp_path}")
     assert run.returncode == 2
     message = f"out = {str(tmp_path)!r}: it must be empty, so that no trial finds an earlier one's files"
     assert run.stderr == f"error: {message}\n"

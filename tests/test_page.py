@@ -56,7 +56,7 @@ def test_a_picture_that_is_gone_is_an_error(tmp_path: Path) -> None:
         page.to_html("", "", [page.Section("", (page.File(tmp_path / "gone.png", "gone"),))])
 
 
-@pytest.mark.skipif(chromium.PROGRAM is None, reason="Chromium is not installed")
+@chromium.needs_chromium
 def test_a_browser_shows_all_of_it(html: str, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(html)
     seen = chromium.look(tmp_path / "page.html", tmp_path)

@@ -187,8 +187,6 @@ def test_sweeps_side_by_side(tmp_path: Path) -> None:
 
 # The command
 
-needs_chromium = pytest.mark.skipif(chromium.PROGRAM is None, reason="Chromium is not installed")
-
 
 def written(out: Path) -> list[str]:
     return sorted(path.name for path in (out / "figures").iterdir())
@@ -208,7 +206,7 @@ def test_the_command_on_a_run(report_of_run: Path) -> None:
     assert written(report_of_run) == sorted(f"{name}.{ending}" for name in EVERYTHING for ending in ("png", "svg"))
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_a_browser_shows_the_report_of_a_run(report_of_run: Path, tmp_path: Path) -> None:
     seen = chromium.look(report_of_run / "report.html", tmp_path)
     assert len(seen["pictures"]) == len(EVERYTHING)
@@ -232,7 +230,7 @@ def test_the_command_on_a_sweep(report_of_sweep: Path) -> None:
     assert written(report_of_sweep) == sorted(f"{name}.{ending}" for name in CURVES for ending in ("png", "svg"))
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_a_browser_shows_the_report_of_a_sweep_and_its_own_pictures_too(report_of_sweep: Path, tmp_path: Path) -> None:
     seen = chromium.look(report_of_sweep / "report.html", tmp_path)
     assert [name for name, _ in seen["pictures"]][-1] == "sweep: cases"
