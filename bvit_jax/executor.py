@@ -4,28 +4,22 @@ On CPUs small models leave most cores idle, so several trials run side by side, 
 accelerator belongs to one process at a time, so there trials run one by one.
 """
 
-import contextlib
 import dataclasses
-import multiprocessing
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from pathlib import Path
 
-from tqdm import tqdm
-
-from bvit_jax import cores, failures, preemption, trial_process
+from bvit_jax import cores, failures, preemption, sweep_progress, trial_job, trial_process
 from bvit_jax.failures import Failures
 from bvit_jax.model_config import ConfigError
 from bvit_jax.sweep import Trial
+from bvit_jax.sweep_progress import Running
+from bvit_jax.trial_job import Job
 
 POLL_SECONDS = 1.0
-STOP_SECONDS = 60.0
-"""How long trials that are told to stop have to save; then they are killed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +72,11 @@ def run_trials(
     Raises:
         preemption.Preempted: if told to stop, when all trials have ended.
     """
-    with _Runner(failed.waiting(trials, retry_failed), failed, jobs, compilation_cache, on_end) as runner:
+    waiting = failed.waiting(trials, retry_failed)
+    with (
+        sweep_progress.Progress(trials, waiting, failed) as progress,
+        _Runner(waiting, failed, jobs, compilation_cache, on_end, progress) as runner,
+    ):
         while not notice.reached() and runner.goes_on():
             runner.turn()
         if notice.reached():
@@ -86,26 +84,13 @@ def run_trials(
             raise preemption.Preempted("told to stop; the trials that ran have saved and stopped")
 
 
-@dataclasses.dataclass
-class _Job:
-    """A trial that runs; `cause` is why it failed, once its process has said so."""
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """A trial that runs."""
 
     trial: Trial
-    process: BaseProcess
-    pipe: Connection
+    job: Job
     steps_at_start: int
-    cause: str | None = None
-
-    def listen(self) -> None:
-        """Takes what the process has sent so far."""
-        with contextlib.suppress(OSError, EOFError):
-            while self.pipe.poll():
-                self.cause = self.pipe.recv_bytes().decode(errors="replace")
-
-    def tell_to_stop(self) -> None:
-        """Has the process save and stop; one that has had SIGTERM itself hears no second one."""
-        with contextlib.suppress(OSError):
-            self.pipe.send_bytes(trial_process.STOP)
 
 
 class _Runner:
@@ -118,17 +103,16 @@ class _Runner:
         jobs: int,
         compilation_cache: Path,
         on_end: Callable[[Trial], None],
+        progress: sweep_progress.Progress,
     ) -> None:
         self._waiting = waiting
         self._failed = failed
         self._jobs = jobs
         self._compilation_cache = compilation_cache
         self._on_end = on_end
-        self._running: dict[int, _Job] = {}
+        self._progress = progress
+        self._running: dict[int, _Slot] = {}
         self._stopping = False
-        self._ended_steps = 0
-        remaining = sum(trial.config.total_steps - trial.steps_done for trial in waiting)
-        self._bar = tqdm(total=remaining, unit="step", disable=None, leave=False)
 
     def __enter__(self) -> "_Runner":
         return self
@@ -136,12 +120,11 @@ class _Runner:
     def __exit__(self, *_: object) -> None:
         try:
             self._tell_all_to_stop()
-            deadline = time.monotonic() + STOP_SECONDS
-            for job in self._running.values():
-                job.process.join(max(deadline - time.monotonic(), 0.0))
+            deadline = time.monotonic() + trial_job.STOP_SECONDS
+            for slot in self._running.values():
+                slot.job.process.join(max(deadline - time.monotonic(), 0.0))
         finally:
             self._kill()
-            self._bar.close()
 
     def goes_on(self) -> bool:
         """Says whether any trial waits or runs."""
@@ -149,90 +132,66 @@ class _Runner:
 
     def turn(self) -> None:
         """Fills the free slots, then waits a moment for a trial to end."""
-        for slot in range(self._jobs):
-            if self._waiting and slot not in self._running:
-                self._start(self._waiting.pop(0), slot)
+        for number in range(self._jobs):
+            if self._waiting and number not in self._running:
+                self._start(self._waiting.pop(0), number)
         self._collect(POLL_SECONDS)
 
     def stop(self) -> None:
         """Has the running trials save and stop, and waits for them; those that do not are killed."""
         self._tell_all_to_stop()
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + trial_job.STOP_SECONDS
         while self._running and time.monotonic() < deadline:
-            self._collect(min(POLL_SECONDS, STOP_SECONDS))
+            self._collect(min(POLL_SECONDS, trial_job.STOP_SECONDS))
         self._kill()
         self._collect(0.0)
 
-    def _start(self, trial: Trial, slot: int) -> None:
+    def _start(self, trial: Trial, number: int) -> None:
         self._failed.forget(trial)
         every = cores.available()
-        share = every[slot :: self._jobs] or every
-        requests = [dataclasses.asdict(request) for request in trial.compressions]
-        context = multiprocessing.get_context("spawn")
+        steps = trial.steps_done
         try:
-            here, there = context.Pipe()
-            with there:
-                process = context.Process(
-                    target=trial_process.run,
-                    args=(trial.config.to_dict(), trial.directory, requests, share, self._compilation_cache, there),
-                )
-                process.start()
+            job = trial_job.start(
+                trial_process.order(trial, self._compilation_cache, every[number :: self._jobs] or every)
+            )
         except OSError as error:  # no memory or no number left for a process
             self._failed.record(trial, failures.describe(error))
-            self._end(trial, trial.steps_done)
+            self._end(trial, steps)
             return
-        self._running[slot] = _Job(trial, process, here, trial.steps_done)
+        self._running[number] = _Slot(trial, job, steps)
 
     def _collect(self, timeout_seconds: float) -> None:
         """Waits until a trial ends, but not for long, and settles those that have."""
-        wait([job.process.sentinel for job in self._running.values()], timeout_seconds)
-        for slot, job in list(self._running.items()):
-            ended = job.process.exitcode is not None  # before listening: what it said last is in the pipe by then
-            job.listen()
-            if ended:
-                del self._running[slot]
-                job.pipe.close()
-                self._settle(job)
-                self._end(job.trial, job.steps_at_start)
-        self._show()
+        wait([slot.job.process.sentinel for slot in self._running.values()], timeout_seconds)
+        for number, slot in list(self._running.items()):
+            if slot.job.ended():
+                del self._running[number]
+                self._settle(slot)
+                self._end(slot.trial, slot.steps_at_start)
+        running = [
+            Running(slot.trial, slot.steps_at_start, f"process {slot.job.process.pid}")
+            for slot in self._running.values()
+        ]
+        self._progress.show(running)
 
-    def _settle(self, job: _Job) -> None:
+    def _settle(self, slot: _Slot) -> None:
         """Records why a trial failed that ended without a result and was not told to stop."""
-        code = job.process.exitcode
-        told_to_stop = self._stopping or code in (preemption.EXIT_STATUS, -signal.SIGTERM)
-        if not job.trial.is_done and (job.cause is not None or not told_to_stop):
-            cause = job.cause or failures.describe_end(code, job.trial.directory / trial_process.OUTPUT_FILE)
-            self._failed.record(job.trial, cause)
+        told_to_stop = slot.job.cause is None and (self._stopping or slot.job.was_stopped)
+        if not slot.trial.is_done and not told_to_stop:
+            self._failed.record(slot.trial, slot.job.described)
 
     def _end(self, trial: Trial, steps_at_start: int) -> None:
-        self._ended_steps += trial.config.total_steps - steps_at_start
+        self._progress.ended(trial, steps_at_start)
         self._on_end(trial)
 
     def _tell_all_to_stop(self) -> None:
         if not self._stopping:
             self._stopping = True
-            for job in self._running.values():
-                job.tell_to_stop()
+            for slot in self._running.values():
+                slot.job.tell_to_stop()
 
     def _kill(self) -> None:
-        for job in self._running.values():
-            job.process.kill()
-        for job in self._running.values():
-            job.process.join()
-
-    def _show(self) -> None:
-        """Brings the progress bar up to date from the metrics that the trials write."""
-        steps = self._ended_steps
-        shown: dict[str, str] = {}
-        for job in self._running.values():
-            rows = [row for row in job.trial.rows("metrics.jsonl") if row.get("split") == "train"]
-            if rows:
-                steps += max(rows[-1].get("step", 0) - job.steps_at_start, 0)
-                shown = {name: f"{rows[-1].get(name, float('nan')):.3f}" for name in ("loss", "accuracy")}
-        self._bar.update(steps - self._bar.n)
-        self._bar.set_postfix(running=len(self._running), images_s=f"{self._images_per_second():.0f}", **shown)
-
-    def _images_per_second(self) -> float:
-        """Adds up the newest throughputs of the trials that have one."""
-        newest = (job.trial.rows("timing.jsonl")[-1:] for job in self._running.values())
-        return sum(row.get("images_per_second", 0.0) for rows in newest for row in rows)
+        for slot in self._running.values():
+            slot.job.process.kill()
+        for slot in self._running.values():
+            slot.job.process.join()

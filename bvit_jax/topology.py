@@ -30,6 +30,17 @@ _NEEDED = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+_WANTED = f"one of {', '.join(HBM_GIB)}, then :2x2 or larger (v4, v5p: :2x2x1), such as v5e:4x4"
+
+
+def num_devices(name: str) -> int:
+    """Returns the number of devices of a topology such as `v5e:4x4`; raises ConfigError if that is no such name."""
+    kind, _, shape = name.partition(":")
+    known = kind in HBM_GIB and re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape)
+    require(bool(known), "topology", name, _WANTED)
+    return math.prod(map(int, shape.split("x"))) * (2 if kind == "tpu7x" else 1)
+
+
 def devices_of(name: str) -> list[Any]:
     """Returns the devices of a topology such as `v5e:4x4`, to compile for.
 
@@ -38,10 +49,8 @@ def devices_of(name: str) -> list[Any]:
     Raises:
         ConfigError: if there is no such topology, or libtpu is not installed.
     """
-    kind, _, shape = name.partition(":")
-    wanted = f"one of {', '.join(HBM_GIB)}, then :2x2 or larger (v4, v5p: :2x2x1), such as v5e:4x4"
-    known = kind in HBM_GIB and re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", shape)
-    require(bool(known), "topology", name, wanted)
+    kind = name.partition(":")[0]
+    num_devices(name)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("libtpu is not installed, and it holds the TPU compiler: pip install -r requirements-tpu.txt")
     for variable, value in _QUIET.items():
@@ -50,7 +59,7 @@ def devices_of(name: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(topology_name=name, platform="tpu", **cores_as_one).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(f"topology = {name!r}: it must be {wanted} ({_gist(error)})") from None
+        raise ConfigError(f"topology = {name!r}: it must be {_WANTED} ({_gist(error)})") from None
 
 
 _QUIET = {

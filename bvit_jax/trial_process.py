@@ -1,10 +1,12 @@
 """What runs in the process of one trial of a sweep."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -13,53 +15,102 @@ from typing import Any
 import jax
 from absl import flags
 
-from bvit_jax import compress_request, compressed, config, cores, failures, orphans, preemption, train
+from bvit_jax import (
+    compress_request,
+    compressed,
+    config,
+    cores,
+    failures,
+    orphans,
+    peers,
+    preemption,
+    processes,
+    train,
+)
+from bvit_jax.sweep import Trial
 
 OUTPUT_FILE = "output.txt"
 """What a trial prints, in its directory."""
 STOP = b"stop"
-"""What the sweep sends to have the trial save and stop."""
+"""What is sent to the process to have the trial save and stop."""
 
 
-def run(
-    stored: dict[str, Any],
-    directory: Path,
-    compressions: list[dict[str, Any]],
-    share: list[int],
-    compilation_cache: Path,
-    sweep_pipe: Connection,
-) -> None:
-    """Runs one trial to its end, and compresses what it trained; if it fails, sends the cause, and exits with status 1.
+@dataclasses.dataclass(frozen=True)
+class Seat:
+    """The place of one of several processes that run a trial together, as `processes.start` takes it."""
 
-    One that is told to stop exits with `preemption.EXIT_STATUS`.
+    coordinator: str
+    num_processes: int
+    process_id: int
 
-    Args:
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What a process is to run, in plain data.
+
+    Attributes:
         stored: the configuration as plain data.
         directory: of the trial; made if absent.
         compressions: `compress_request.Request` as plain data; those that are done are left as they are.
-        share: cores to run on.
         compilation_cache: directory for compiled programs.
-        sweep_pipe: to the process of the sweep; the trial ends when that does.
+        cores: to run on.
+        threads: of computations on CPUs; one a core if None.
+        seat: None where the process is alone.
+    """
+
+    stored: dict[str, Any]
+    directory: Path
+    compressions: tuple[dict[str, Any], ...]
+    compilation_cache: Path
+    cores: tuple[int, ...]
+    threads: int | None = None
+    seat: Seat | None = None
+
+    @property
+    def output(self) -> Path:
+        """The file that takes what the process prints."""
+        number = self.seat.process_id if self.seat else 0
+        return self.directory / (f"output_{number}.txt" if number else OUTPUT_FILE)
+
+
+def order(trial: Trial, compilation_cache: Path, own_cores: Sequence[int]) -> Order:
+    """Returns what a process is to run that does all of a trial, on these cores."""
+    requests = tuple(dataclasses.asdict(request) for request in trial.compressions)
+    return Order(trial.config.to_dict(), trial.directory, requests, compilation_cache, tuple(own_cores))
+
+
+def run(order: Order, pipe: Connection) -> None:
+    """Runs one trial to its end, and compresses what it trained; if it fails, sends the cause, and exits with status 1.
+
+    One that is told to stop exits with `preemption.EXIT_STATUS`, one of several whose others are lost with
+    `peers.EXIT_STATUS`.
+
+    Args:
+        order: what to run.
+        pipe: to the process that started this one; this one ends when that does.
     """
     signal.signal(signal.SIGTERM, _exit_as_preempted)
     orphans.end_with_parent()
-    threading.Thread(target=_obey_sweep, args=(sweep_pipe,), daemon=True).start()
+    threading.Thread(target=_obey, args=(pipe,), daemon=True).start()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / OUTPUT_FILE).open("a") as output:
+        order.directory.mkdir(parents=True, exist_ok=True)
+        with order.output.open("a") as output:
             os.dup2(output.fileno(), sys.stdout.fileno())
             os.dup2(output.fileno(), sys.stderr.fileno())
-        cores.keep_to(share)  # before JAX counts its threads
+        cores.keep_to(order.cores, order.threads)  # before JAX counts its threads
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-            jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
+            jax.config.update("jax_compilation_cache_dir", str(order.compilation_cache))
         flags.FLAGS.mark_as_parsed()  # those of the sweep are not this process's, and readers of images look at theirs
-        train.run(config.from_dict(stored), directory, show_progress=False)
-        if compressions:
-            compressed.run_all(directory, [compress_request.from_dict(fields) for fields in compressions])
+        if order.seat is not None:
+            processes.start(*dataclasses.astuple(order.seat))
+        with peers.together():
+            train.run(config.from_dict(order.stored), order.directory, show_progress=False)
+        if order.compressions:
+            compressed.run_all(order.directory, [compress_request.from_dict(fields) for fields in order.compressions])
     except (preemption.Preempted, KeyboardInterrupt):
         sys.exit(preemption.EXIT_STATUS)
     except Exception as error:
-        sweep_pipe.send_bytes(failures.describe(error).encode(errors="replace"))
+        pipe.send_bytes(failures.describe(error).encode(errors="replace"))
         sys.exit(1)
 
 
@@ -69,8 +120,8 @@ def _exit_as_preempted(number: int, frame: FrameType | None) -> None:
     sys.exit(preemption.EXIT_STATUS)
 
 
-def _obey_sweep(pipe: Connection) -> None:
-    """Stops this process when the sweep says so."""
+def _obey(pipe: Connection) -> None:
+    """Stops this process when it is told so."""
     with contextlib.suppress(OSError, EOFError):
         pipe.recv_bytes()
         main = threading.main_thread().ident

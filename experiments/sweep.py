@@ -7,6 +7,10 @@ Started again on the same workdir, it skips what is finished and takes up the re
 A trial that fails is a row with its cause, which errors/ has in full, and the others go on. Upon SIGTERM the trials
 that run save and stop, and the sweep ends with exit status 75.
 
+With --executor=ray the trials run on a Ray cluster (requirements-ray.txt), on nodes that share the workdir:
+
+    python -m experiments.sweep --executor=ray --ray_address=auto --workdir=/mnt/runs/mine --topology=v6e:4x4
+
 Any field can be changed on the command line: --config.grid.model.num_experts="(8, 32)" --config.base.total_steps=500
 """
 
@@ -21,7 +25,6 @@ from typing import Any
 import jax
 from absl import flags
 from ml_collections import config_flags
-from tqdm import tqdm
 
 from bvit_jax import (
     case_plots,
@@ -30,7 +33,6 @@ from bvit_jax import (
     comparison,
     config,
     data,
-    executor,
     failures,
     files,
     grid,
@@ -49,7 +51,7 @@ from bvit_jax import (
 from bvit_jax import workdir as workdirs
 from bvit_jax.failures import Failures
 from bvit_jax.model_config import require
-from experiments import data_flags, entry, tables
+from experiments import data_flags, entry, executor_flags, tables
 
 _DEFAULT_CONFIG = str(Path(__file__).parent.parent / "configs" / "sweep_digits.py")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -57,8 +59,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's directory; runs/NAME_OF_CONFIG if left out.")
 flags.adopt_module_key_flags(data_flags)
-_JOBS = flags.DEFINE_integer("jobs", 0, "Trials at a time; 0: one per core on CPUs (8 at most), one on accelerators.")
-_RETRY_FAILED = flags.DEFINE_bool("retry_failed", False, "Run again the trials that failed in an earlier call.")
+flags.adopt_module_key_flags(executor_flags)
 
 OUTPUTS = (
     *("trials", "errors", "results.csv", "comparisons.csv", "tuning.csv", "summary.md", "plots"),
@@ -76,12 +77,11 @@ def main(argv: Sequence[str]) -> None:
     del argv
     data_flags.apply()
     jax.config.update("jax_platforms", "cpu")  # to count shapes; an accelerator is for the trials
-    require(_JOBS.value >= 0, "jobs", _JOBS.value, "0 or more")
     raw = entry.read_config(_CONFIG)
     for section in ("base", "grid"):
         require(section in raw, f"config.{section}", None, "there: a sweep has a base and a grid")
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
-    workdir = Path(_WORKDIR.value or Path("runs") / name)
+    workdir = executor_flags.workdir(_WORKDIR.value or f"runs/{name}")
     print(f"workdir: {workdir}")
     trials = grid.expand(raw["base"], raw["grid"], workdir, raw.get("cases", (({}, {}),)))
     compare = _section(raw, "compare", ("label", "baselines"))
@@ -94,12 +94,12 @@ def main(argv: Sequence[str]) -> None:
     if compress:
         trials = rivals.requested(trials, **compress)
     memory_base = config.resolve(raw["memory_base"]) if "memory_base" in raw else None
-    platform = executor.probe_platform()
+    runs = executor_flags.chosen(trials, _say)
     for trial in trials:
         model, batch_size = trial.config.model, trial.config.batch_size
-        sharding.mesh_shape(model, batch_size, sharding.DEFAULT, platform.devices)
+        sharding.mesh_shape(model, batch_size, sharding.DEFAULT, runs.devices)
     failed = Failures(workdir / failures.FOLDER)
-    for trial in failed.waiting(trials, _RETRY_FAILED.value):
+    for trial in failed.waiting(trials, executor_flags.retry_failed()):
         if not checkpoints.steps_in(trial.directory / checkpoints.DIRECTORY):
             start_run.find(trial.config)
     images = {of.name: data.opened(of) for of in {trial.config.data for trial in trials}}
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
         report = _Report(trials, failed, workdir, compare, choose, compress.get("label"))
         if memory_base is not None:
             report.draw_memory(memory_base)
-        _run(report, _JOBS.value or platform.default_jobs, notice)
+        _run(report, runs, notice)
 
 
 def _section(raw: dict[str, Any], name: str, fields: tuple[str, ...]) -> dict[str, Any]:
@@ -123,16 +123,15 @@ def _section(raw: dict[str, Any], name: str, fields: tuple[str, ...]) -> dict[st
     return dict(section)
 
 
-def _run(report: "_Report", jobs: int, notice: preemption.Notice) -> None:
+def _run(report: "_Report", runs: executor_flags.Executor, notice: preemption.Notice) -> None:
     trials, failed, workdir = report.trials, report.failed, report.workdir
     statuses = [failed.status(trial) for trial in trials]
     print(
-        f"{len(trials)} trials, {statuses.count('ok')} finished, {statuses.count('failed')} failed; {jobs} at a time; "
+        f"{len(trials)} trials, {statuses.count('ok')} finished, {statuses.count('failed')} failed; {runs}; "
         f"Ctrl-C is safe, the same command goes on"
     )
     try:
-        cache = workdir / "compilation_cache"
-        executor.run_trials(trials, failed, jobs, _RETRY_FAILED.value, cache, report.show_ended, notice)
+        runs.run(trials, failed, workdir, report.show_ended, notice)
     finally:
         found = report.write()
         report.draw(found)
@@ -262,8 +261,7 @@ class _Report:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # output may go to the disk that is full
-        tqdm.write(text)
-        sys.stdout.flush()
+        print(text, flush=True)
 
 
 def _print_summary(summaries: Sequence[sweep.Summary]) -> None:

@@ -32,6 +32,17 @@ def test_where_the_system_does_not_tell_all_are_there(monkeypatch):
         assert cores.available() == [0]
 
 
+def test_threads_may_be_fewer_than_cores(monkeypatch):
+    monkeypatch.setenv("NPROC", "16")
+    limits: list[int] = []
+    monkeypatch.setattr(cores.threadpoolctl, "threadpool_limits", limits.append)
+    every = cores.available()
+    cores.keep_to(every)
+    assert (limits, os.environ["NPROC"]) == ([len(every)], "16")
+    cores.keep_to(every, threads=1)
+    assert (limits, os.environ["NPROC"]) == ([len(every), 1], "1")
+
+
 def test_linear_algebra_gets_as_many_threads():
     code = (
         "import scipy.linalg, threadpoolctl; from bvit_jax import cores; cores.keep_to(cores.available()[:1]); "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bvit_jax import cores, executor, preemption, sweep, train
+from bvit_jax import cores, executor, preemption, sweep, sweep_progress, train, trial_job
 from bvit_jax.failures import Failures
 from bvit_jax.model_config import ConfigError
 from tests.conftest import make_config
@@ -128,9 +128,12 @@ def test_a_killed_trial_is_recorded_and_one_that_was_told_to_stop_is_not(tmp_pat
 
 
 def test_a_trial_that_does_not_stop_in_time_is_killed_and_is_no_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(executor, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(trial_job, "STOP_SECONDS", 0.5)
     trial, failed, ended = endless(tmp_path), failures_of(tmp_path), []
-    with executor._Runner([trial], failed, 1, tmp_path / "cache", ended.append) as runner:
+    with (
+        sweep_progress.Progress([trial], [trial], failed) as progress,
+        executor._Runner([trial], failed, 1, tmp_path / "cache", ended.append, progress) as runner,
+    ):
         runner.turn()
         (child,) = multiprocessing.active_children()
         os.kill(child.pid, signal.SIGSTOP)
@@ -148,19 +151,6 @@ def test_a_process_that_cannot_start_is_a_failure(tmp_path, monkeypatch):
     trials = [make_trial(tmp_path, seed=seed) for seed in range(2)]
     assert run(trials, tmp_path) == trials
     assert row(trials[1], tmp_path).error == "BlockingIOError: [Errno 11] Resource temporarily unavailable"
-
-
-def test_a_cause_longer_than_a_pipe_holds_arrives_whole(tmp_path):
-    here, there = multiprocessing.Pipe()
-    sender = threading.Thread(target=there.send_bytes, args=(b"x" * 10**7,), daemon=True)
-    sender.start()
-    job = executor._Job(make_trial(tmp_path), multiprocessing.Process(), here, 0)
-    while sender.is_alive():
-        job.listen()
-    there.close()
-    job.listen()  # the other end is gone: no more to come, no error
-    assert job.cause == "x" * 10**7
-    here.close()
 
 
 def test_default_jobs_depend_on_the_backend(monkeypatch):
