@@ -4,6 +4,7 @@ Ray is optional (`requirements-ray.txt`) and imported when it is asked for. It r
 RAY_USAGE_STATS_ENABLED says so.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -17,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import bvit_jax
-from bvit_jax import topology
+from bvit_jax import data_dirs, topology
 from bvit_jax.model_config import ConfigError, require
 
 _REACH_SECONDS = 5.0
 _START = "start one with: ray start --head"
 _ACCELERATORS = {"v4": "V4", "v5e": "V5LITEPOD", "v5p": "V5P", "v6e": "V6E", "tpu7x": "V7X"}
 """Ray's names of the generations of TPUs that `bvit_jax.topology` knows. Source: `ray._private.accelerators.tpu`."""
-SHAPE_LABEL, _SLICE_LABEL, _KIND_LABEL = "ray.io/tpu-topology", "ray.io/tpu-slice-name", "ray.io/tpu-pod-type"
+_SHAPE_LABEL, _SLICE_LABEL, _KIND_LABEL = "ray.io/tpu-topology", "ray.io/tpu-slice-name", "ray.io/tpu-pod-type"
 """What Ray says of a host of TPUs: the slice's shape and name, and both its kind and size."""
-_PASSED_ON = ("TFDS_DATA_DIR", "JAX_COMPILATION_CACHE_DIR")
-"""Variables that trials take from the sweep; all others are the node's."""
+_COMPILED = "JAX_COMPILATION_CACHE_DIR"
+_LAST_STARTED = Path("/tmp/ray/ray_current_cluster")
+"""Where `ray start` leaves the address of the cluster of this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +101,10 @@ def connect(address: str) -> None:
     """Joins this process to a cluster, as the driver of a job.
 
     Args:
-        address: `auto` for the one of this machine, or HOST:PORT.
+        address: HOST:PORT, or `auto` for $RAY_ADDRESS, or else the cluster that this machine is of.
 
     Raises:
-        ConfigError: if Ray is not installed, or there is no cluster.
+        ConfigError: if Ray is not installed, there is no cluster, or this machine is none of its nodes.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("executor = 'ray': Ray is not installed: pip install -r requirements-ray.txt")
@@ -111,68 +113,119 @@ def connect(address: str) -> None:
     _check_reachable(address)
     import ray
 
-    modules = {"py_modules": [str(Path(bvit_jax.__file__).parent)]}
-    variables = {name: str(Path(os.environ[name]).absolute()) for name in _PASSED_ON if name in os.environ}
+    runtime = {
+        "py_modules": [str(Path(bvit_jax.__file__).parent)],
+        "excludes": ["**/__pycache__"],
+        "env_vars": _passed_on(),
+    }
     try:
-        ray.init(
-            address=address,
-            runtime_env={**modules, "env_vars": variables, "excludes": ["**/__pycache__"]},
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        ray.init(address=address, runtime_env=runtime, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, ValueError, RuntimeError) as error:
-        gist = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ConfigError(f"ray_address = {address!r}: no Ray cluster there ({gist}); {_START}") from None
+        gist = " ".join(str(error).split()) or repr(error)
+        wanted = (
+            f"that of a cluster which this machine is a node of; {_START}, or join one: ray start --address=HOST:PORT"
+        )
+        raise ConfigError(f"ray_address = {address!r}: it must be {wanted} ({gist})") from None
+
+
+def _passed_on() -> dict[str, str]:
+    """Returns the variables that trials take from the sweep, with paths that mean the same on all machines."""
+    found = {}
+    if os.environ.get(data_dirs.VARIABLE):
+        found[data_dirs.VARIABLE] = str(data_dirs.current().absolute())
+    cache = os.environ.get(_COMPILED)
+    if cache:
+        found[_COMPILED] = cache if "://" in cache else str(Path(cache).absolute())
+    return found
 
 
 def _check_reachable(address: str) -> None:
-    """Raises ConfigError unless something listens at HOST:PORT: Ray itself would try for minutes."""
+    """Raises ConfigError unless something listens at the address: Ray itself would try for minutes."""
+    found = address
     if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
+        found = os.environ.get("RAY_ADDRESS", "")
+        with contextlib.suppress(OSError):
+            found = found or _LAST_STARTED.read_text().strip()
+        if not found:
+            raise ConfigError(f"ray_address = 'auto': no Ray cluster on this machine; {_START}")
+    host, _, port = found.rpartition(":")
     good = bool(re.fullmatch(r"[^/\s]+", host)) and port.isdecimal() and 0 < int(port) < 2**16
-    require(good, "ray_address", address, "auto or HOST:PORT")
+    require(good, "ray_address", found, "auto or HOST:PORT")
     try:
         socket.create_connection((host, int(port)), _REACH_SECONDS).close()
     except OSError as error:
-        raise ConfigError(f"ray_address = {address!r}: no Ray cluster there ({error}); {_START}") from None
+        raise ConfigError(f"ray_address = {found!r}: no Ray cluster there ({error}); {_START}") from None
+
+
+def alive() -> list[dict[str, Any]]:
+    """Returns the nodes of the cluster, as Ray describes them."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def hosts_of(wanted: Need) -> tuple[int, dict[str, float]]:
+    """Returns the number of hosts of a slice, and what a trial takes of each.
+
+    Raises:
+        ConfigError: if the resources do not go with the slice.
+    """
+    from ray.util.tpu import get_tpu_worker_resources
+
+    try:
+        return get_tpu_worker_resources(wanted.shape, wanted.accelerator, dict(wanted.resources) or None)
+    except ValueError as error:
+        raise ConfigError(f"resources_per_trial = {str(wanted)!r}: they do not divide the slice ({error})") from None
+
+
+def fitting(wanted: Need, nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns the nodes that have what a trial takes of one; hosts of slices only if all of a slice are there."""
+    own = hosts_of(wanted)[1] if wanted.slice else wanted.resources
+    enough = [node for node in nodes if all(node["Resources"].get(name, 0.0) >= own[name] for name in own)]
+    return [node for slice_nodes in _slices(wanted, enough) for node in slice_nodes] if wanted.slice else enough
+
+
+def count_slices(wanted: Need, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """Returns how many whole slices of the wanted kind there are, free or not."""
+    return len(_slices(wanted, fitting(wanted, nodes)))
+
+
+def _slices(wanted: Need, nodes: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Groups the hosts of whole slices, as Ray finds these when it reserves one: by their kind and size."""
+    from ray.util.tpu import infer_tpu_pod_type_from_topology
+
+    hosts, _ = hosts_of(wanted)
+    kind = infer_tpu_pod_type_from_topology(wanted.shape, wanted.accelerator)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for node in nodes:
+        if node["Labels"].get(_KIND_LABEL) == kind:
+            name = node["NodeID"] if hosts == 1 else str(node["Labels"].get(_SLICE_LABEL))
+            groups.setdefault(name, []).append(node)
+    head = f"TPU-{kind}-head"
+    whole = [group for group in groups.values() if len(group) == hosts]
+    return [group for group in whole if hosts == 1 or any(head in node["Resources"] for node in group)]
 
 
 def check_there(wanted: Need) -> None:
     """Raises ConfigError unless some node of the cluster, or for a slice several together, has what a trial takes."""
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if wanted.slice:
-        slices = count_slices(wanted, nodes)
-        shown = sorted({_slice_shown(node) for node in nodes if "TPU" in node["Resources"]}) or ["no TPUs"]
-        require(slices > 0, "topology", wanted.slice, f"that of a slice of the cluster, which has {', '.join(shown)}")
+    nodes = alive()
+    try:
+        ray.remote(check_there).options(**wanted.options)
+    except ValueError as error:
+        raise ConfigError(f"resources_per_trial = {str(wanted)!r}: {error}") from None
+    if fitting(wanted, nodes):
         return
-    enough = any(
-        all(node["Resources"].get(name, 0.0) >= amount for name, amount in wanted.resources.items()) for node in nodes
-    )
-    require(enough, "resources_per_trial", str(wanted), f"what a node has; the nodes have {_shown(nodes)}")
-
-
-def count_slices(wanted: Need, nodes: Sequence[Mapping[str, Any]]) -> int:
-    """Returns how many whole slices of the wanted kind there are, by the labels that Ray gives to hosts of TPUs."""
-    from ray.util.tpu import get_tpu_worker_resources
-
-    hosts, own = get_tpu_worker_resources(wanted.shape, wanted.accelerator, dict(wanted.resources) or None)
-    of_slices: dict[str, int] = {}
-    for node in nodes:
-        labels, resources = node["Labels"], node["Resources"]
-        fits = all(resources.get(name, 0.0) >= amount for name, amount in own.items())
-        kind = f"accelerator_type:{wanted.accelerator}" in resources
-        if fits and kind and labels.get(SHAPE_LABEL) == wanted.shape:
-            name = labels.get(_SLICE_LABEL, node["NodeID"])
-            of_slices[name] = of_slices.get(name, 0) + 1
-    return sum(count >= hosts for count in of_slices.values())
+    if wanted.slice and not (wanted.resources and fitting(Need({}, wanted.slice), nodes)):
+        shown = sorted({_slice_shown(node) for node in nodes if "TPU" in node["Resources"]}) or ["no TPUs"]
+        require(False, "topology", wanted.slice, f"that of a slice of the cluster, which has {', '.join(shown)}")
+    require(False, "resources_per_trial", str(wanted), f"what a node has; the nodes have {_shown(nodes)}")
 
 
 def _slice_shown(node: Mapping[str, Any]) -> str:
     labels = node["Labels"]
-    return f"{labels.get(_KIND_LABEL, 'TPUs')} of shape {labels.get(SHAPE_LABEL, 'unknown')}"
+    return f"{labels.get(_KIND_LABEL, 'TPUs')} of shape {labels.get(_SHAPE_LABEL, 'unknown')}"
 
 
 def _shown(nodes: Sequence[Mapping[str, Any]]) -> str:

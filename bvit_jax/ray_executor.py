@@ -6,6 +6,8 @@ again, and goes on from its newest checkpoint; a sweep that is killed and starte
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bvit_jax import (
     checkpoints,
-    failures,
     preemption,
     ray_cluster,
     ray_trial,
@@ -28,7 +29,7 @@ from bvit_jax import (
 from bvit_jax import workdir as workdirs
 from bvit_jax.failures import Failures
 from bvit_jax.ray_cluster import Need
-from bvit_jax.ray_trial import Outcome
+from bvit_jax.ray_trial import Errand, Outcome
 from bvit_jax.sweep import Trial
 from bvit_jax.sweep_progress import Running
 
@@ -37,15 +38,32 @@ STOP_SECONDS = trial_job.STOP_SECONDS + 30.0
 """For trials to stop and to say so; then they are ended."""
 SHOW_SECONDS = 60.0
 """For a file written on another machine to be seen on this one."""
+_UNTOLD = {
+    "stopped": "its process was told to stop, by others than the sweep",
+    "done": f"it ended well, but its result has not been seen here for {SHOW_SECONDS:.0f} s",
+}
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
 @dataclasses.dataclass
 class _Task:
-    """A trial in Ray's hands; `steps` is what it had done when it was handed over."""
+    """A trial in Ray's hands.
+
+    Attributes:
+        trial: of the sweep.
+        key: of this attempt, on the board.
+        steps: that the trial had done when it was handed over.
+        started: whether a node has begun with it.
+        outcome: once Ray has it back.
+        patience_ends: for its result to be seen here, on the clock of `time.monotonic`.
+    """
 
     trial: Trial
+    key: str
     steps: int
+    started: bool = False
+    outcome: Outcome | None = None
+    patience_ends: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +84,7 @@ class Plan:
         max_retries: times that a trial is started again whose machine was lost, counted anew after a new checkpoint.
         retry_failed: whether to run those again that failed in an earlier call.
         compilation_cache: directory for compiled programs.
+        identity: a file of the sweep's directory, by which nodes are known to see it.
     """
 
     need: Need
@@ -73,6 +92,7 @@ class Plan:
     max_retries: int
     retry_failed: bool
     compilation_cache: Path
+    identity: Path
 
 
 def run_trials(
@@ -129,20 +149,23 @@ class _Runner:
         self._progress = progress
         self._on_end = on_end
         self._on_loss = on_loss
-        self._jobs = plan.jobs or _room(plan.need, len(waiting))
+        self._shared = ray_trial.shared(plan.identity)
+        self._attempts = itertools.count()
         self._tasks: dict[Any, _Task] = {}
+        self._unseen: list[_Task] = []
         self._losses: dict[Path, _Losses] = {}
         self._places: dict[str, str] = {}
         self._stopping = False
 
     def goes_on(self) -> bool:
         """Says whether any trial waits or runs."""
-        return bool(self._waiting or self._tasks)
+        return bool(self._waiting or self._tasks or self._unseen)
 
     def turn(self) -> None:
         """Hands over what there is room for, then waits a moment for a trial to end."""
+        room = self._room()
         for trial in list(self._waiting):
-            if len(self._tasks) >= self._jobs:
+            if len(self._tasks) >= room:
                 break
             if workdirs.holder(trial.directory) is None:  # its process, cut off from the sweep, may still run
                 self._waiting.remove(trial)
@@ -154,67 +177,79 @@ class _Runner:
         if self._stopping or not self._tasks:
             return
         self._stopping = True
-        ray.get(self._board.stop.remote())
-        places = ray.get(self._board.places.remote())
         for ref, task in self._tasks.items():
-            if task.trial.directory.name not in places:
+            if not task.started:
                 ray.cancel(ref)
         deadline = time.monotonic() + STOP_SECONDS
         while self._tasks and time.monotonic() < deadline:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self._board.stop.remote())  # again and again: a board that was started anew has not heard it
             self._collect(POLL_SECONDS)
         for ref in self._tasks:
             ray.cancel(ref, force=True)
 
-    def _submit(self, trial: Trial) -> None:
-        self._failed.forget(trial)
-        order = trial_process.order(trial, self._plan.compilation_cache, ())
+    def _room(self) -> int:
+        """Returns how many trials may be in Ray's hands: it keeps tasks until there is room, but not for slices."""
         need = self._plan.need
+        of_slices = ray_cluster.count_slices(need, ray_cluster.alive()) if need.slice and self._waiting else math.inf
+        return int(min(of_slices, self._plan.jobs or math.inf, len(self._tasks) + len(self._waiting)))
+
+    def _submit(self, trial: Trial) -> None:
+        need, key = self._plan.need, f"{trial.directory.name}/{next(self._attempts)}"
+        order = trial_process.order(trial, self._plan.compilation_cache, ())
+        errand = Errand(key, order, need.threads, self._shared)
         if need.slice:
             # The trainer is minded on this node, which outlives slices.
             options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": _this_node()}
-            arguments: tuple[Any, ...] = (order, need, self._board)
             function: Any = ray_trial.run_on_slice
+            arguments: tuple[Any, ...] = (errand, need, self._board)
         else:
-            options, arguments, function = need.options, (order, need.threads, self._board), ray_trial.run
+            options, function, arguments = need.options, ray_trial.run, (errand, self._board)
         ref = ray.remote(function).options(**options, max_retries=0, name=trial.label).remote(*arguments)
-        self._tasks[ref] = _Task(trial, trial.steps_done)
+        self._tasks[ref] = _Task(trial, key, trial.steps_done)
 
     def _collect(self, timeout_seconds: float) -> None:
         """Waits until a trial ends, but not for long, and settles those that have."""
         refs = list(self._tasks)
+        ended: list[Any] = []
         if refs:
             ended, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_seconds)
-        else:  # those that wait are not free yet
-            ended = []
+        else:  # those that wait are not free yet, or have no room
             time.sleep(timeout_seconds)
-        self._places = ray.get(self._board.places.remote())
+        with contextlib.suppress(ray.exceptions.RayError):  # it is started anew when it is lost
+            self._places = ray.get(self._board.places.remote())
+        for task in self._tasks.values():
+            if task.key in self._places and not task.started:
+                task.started = True
+                self._failed.forget(task.trial)
         for ref in ended:
-            self._settle(self._tasks.pop(ref), _outcome(ref))
+            task = self._tasks.pop(ref)
+            task.outcome = _outcome(ref)
+            task.patience_ends = time.monotonic() + SHOW_SECONDS
+            self._unseen.append(task)
+        late = [task for task in self._unseen if _is_late(task)]
+        for task in self._unseen:
+            if task not in late:
+                self._settle(task)
+        self._unseen = late
         self._progress.show(
-            [
-                Running(task.trial, task.steps, self._places[task.trial.directory.name])
-                for task in self._tasks.values()
-                if task.trial.directory.name in self._places
-            ]
+            [Running(task.trial, task.steps, self._places[task.key]) for task in self._tasks.values() if task.started]
         )
 
-    def _settle(self, task: _Task, outcome: Outcome) -> None:
-        trial = task.trial
-        has_run = trial.directory.name in self._places
-        ray.get(self._board.forget.remote(trial.directory.name))
-        if outcome == Outcome() and not self._stopping:
-            _wait_until(lambda: trial.is_done)
-        if not trial.is_done and outcome.cause is not None:
-            self._failed.record(trial, outcome.cause)
+    def _settle(self, task: _Task) -> None:
+        trial, outcome = task.trial, task.outcome
+        assert outcome is not None
+        if not trial.is_done and outcome.kind == "failed":
+            self._failed.record(trial, outcome.why)
         elif not trial.is_done and not self._stopping:
-            lost = outcome.lost or "its process was told to stop, by others than the sweep"
+            lost = outcome.why or _UNTOLD[outcome.kind]
             if self._may_be_retried(trial):
                 self._progress.set_back(trial, task.steps)
                 self._waiting.append(trial)
                 self._on_loss(trial, lost)
                 return
             self._failed.record(trial, f"{lost}\n{_given_up(self._losses[trial.directory])}")
-        if has_run or not self._stopping:
+        if task.started or not self._stopping:
             self._progress.ended(trial, task.steps)
             self._on_end(trial)
 
@@ -231,42 +266,37 @@ def _given_up(losses: _Losses) -> str:
     return f"lost {losses.count} times in succession, each time at the checkpoint of step {losses.step}"
 
 
+def _is_late(task: _Task) -> bool:
+    """Says whether a trial is done whose result, written on another machine, is not seen here yet."""
+    done = task.outcome is not None and task.outcome.kind == "done"
+    return done and not task.trial.is_done and time.monotonic() < task.patience_ends
+
+
 def _outcome(ref: Any) -> Outcome:
-    """Returns how a task ended; what is Ray's own trouble is a loss."""
+    """Returns how a task ended; what is Ray's own trouble, or a node's, is a loss."""
     try:
         found: Outcome = ray.get(ref)
         return found
-    except ray.exceptions.RuntimeEnvSetupError as error:
-        return Outcome(cause=failures.describe(error))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ray.exceptions.RayError):
-            return Outcome(lost=_gist(error.cause))
-        return Outcome(cause=f"{_COLOURS.sub('', str(error))}\n\n{type(error.cause).__name__}: {error.cause}")
+            return Outcome("lost", _gist(error.cause))
+        text = _COLOURS.sub("", str(error))
+        return Outcome("failed", f"{text}\n\n{type(error.cause).__name__}: {error.cause}")
     except ray.exceptions.RayError as error:
-        return Outcome(lost=_gist(error))
+        return Outcome("lost", _gist(error))
 
 
 def _gist(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-def _wait_until(holds: Callable[[], bool]) -> None:
-    """Waits for what another machine wrote to be seen here."""
-    deadline = time.monotonic() + SHOW_SECONDS
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(POLL_SECONDS)
-
-
-def _room(need: Need, trials: int) -> int:
-    """Returns how many trials to hand over at a time: Ray keeps tasks until there is room, but slices have no queue."""
-    if not need.slice:
-        return max(trials, 1)
-    return max(ray_cluster.count_slices(need, [node for node in ray.nodes() if node["Alive"]]), 1)
-
-
 @contextlib.contextmanager
 def _board() -> Iterator[Any]:
-    board = ray.remote(ray_trial.Board).options(num_cpus=0, scheduling_strategy=_this_node()).remote()
+    board = (
+        ray.remote(ray_trial.Board)
+        .options(num_cpus=0, scheduling_strategy=_this_node(), max_restarts=-1, max_task_retries=-1)
+        .remote()
+    )
     try:
         yield board
     finally:

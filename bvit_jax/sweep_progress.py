@@ -1,5 +1,6 @@
 """How far a sweep is, while it runs: a table on a terminal, a line a minute elsewhere."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -61,6 +62,13 @@ def state_of(trial: Trial) -> State:
     )
 
 
+class _Console(Console):
+    """One that a closed pipe does not end."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Progress:
     """Counts trials and steps; open it as a context.
 
@@ -80,18 +88,20 @@ class Progress:
         self._steps = sum(trial.config.total_steps - trial.steps_done for trial in waiting)
         self._ended_steps = 0
         self._waiting = len(waiting)
-        self._console = console or Console()
+        self._console = console or _Console()
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._start = self._line_at = time.monotonic()
         self._next = 0.0
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
-            self._live.start()
+            with contextlib.suppress(OSError):
+                self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.stop()
+        with contextlib.suppress(OSError):
+            self._live.stop()
 
     def ended(self, trial: Trial, steps_at_start: int) -> None:
         """Takes note of a trial that has ended, however it did."""
@@ -111,11 +121,12 @@ class Progress:
         states = [state_of(one.trial) for one in running]
         self._next = now + max(REFRESH_SECONDS, (time.monotonic() - now) / COST_SHARE)
         headline = self._headline(running, states, now - self._start)
-        if self._console.is_terminal:
-            self._live.update(self._table(headline, running, states), refresh=True)
-        elif now - self._line_at >= LINE_SECONDS:
-            self._line_at = now
-            self._console.print(headline, soft_wrap=True)
+        with contextlib.suppress(OSError):  # output may go to a disk that is full, or to a pipe that is closed
+            if self._console.is_terminal:
+                self._live.update(self._table(headline, running, states), refresh=True)
+            elif now - self._line_at >= LINE_SECONDS:
+                self._line_at = now
+                self._console.print(headline, soft_wrap=True)
 
     def _headline(self, running: Sequence[Running], states: Sequence[State], seconds: float) -> str:
         found = list(self._statuses.values())

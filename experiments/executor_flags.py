@@ -134,7 +134,7 @@ class _OnRay:
         def on_loss(trial: Trial, why: str) -> None:
             self.say(f"{trial.label:<40} lost       at step {trial.steps_done}, to be started again: {why}")
 
-        ray_probe.check_shared(self.need, workdir / "sweep.json")
-        cache = workdir / "compilation_cache"
-        plan = ray_executor.Plan(self.need, self.jobs, self.max_retries, retry_failed(), cache)
+        cache, identity = workdir / "compilation_cache", workdir / "sweep.json"
+        ray_probe.check_shared(self.need, identity)
+        plan = ray_executor.Plan(self.need, self.jobs, self.max_retries, retry_failed(), cache, identity)
         ray_executor.run_trials(trials, failed, plan, on_end, on_loss, notice)

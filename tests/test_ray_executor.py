@@ -46,10 +46,11 @@ class DrawnRay:
     def _started(self, target: Any, arguments: tuple[Any, ...]) -> Any:
         if target is Board:
             return _Actor(Board())
-        assert target is ray_trial.run
-        order, _, board = arguments
-        board.check_in.remote(order.directory.name, "a host")
-        return _Ref(order)
+        errand, *_, board = arguments
+        assert target is (ray_trial.run_on_slice if len(arguments) == 3 else ray_trial.run)
+        assert errand.shared.path.read_text() == "{}"
+        board.check_in.remote(errand.key, "a host")
+        return _Ref(errand.order)
 
     def get(self, ref: Any) -> Any:
         return self._work(ref.order) if isinstance(ref, _Ref) else ref
@@ -86,7 +87,7 @@ def make_trials(workdir: Path, count: int) -> list[sweep.Trial]:
 def finish(order: Order) -> Outcome:
     order.directory.mkdir(parents=True, exist_ok=True)
     (order.directory / "result.json").write_text(json.dumps({"test_accuracy": 0.5}))
-    return Outcome()
+    return Outcome("done")
 
 
 @dataclasses.dataclass
@@ -106,7 +107,8 @@ def run(trials: list[sweep.Trial], workdir: Path, work: Work, monkeypatch: pytes
     monkeypatch.setattr(ray_executor, "SHOW_SECONDS", 0.0)
     found = Run([], [], Failures(workdir / "errors"), drawn)
     given = {"need": Need({"CPU": 1.0}), "jobs": 0, "max_retries": 3, "retry_failed": False}
-    of = Plan(**(given | plan), compilation_cache=workdir / "cache")
+    (workdir / "sweep.json").write_text("{}")
+    of = Plan(**(given | plan), compilation_cache=workdir / "cache", identity=workdir / "sweep.json")
     told = preemption.Notice(joined=False)
     ray_executor.run_trials(trials, found.failed, of, found.ended.append, lambda *loss: found.losses.append(loss), told)
     assert len(drawn.killed) == 1  # the board
@@ -176,10 +178,12 @@ def test_losses_are_counted_anew_after_a_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("ends", "why"),
     [
-        (Outcome(lost="process 1 of 2 is gone"), "process 1 of 2 is gone"),
-        (Outcome(), "its process was told to stop, by others than the sweep"),
+        (Outcome("lost", "process 1 of 2 is gone"), "process 1 of 2 is gone"),
+        (Outcome("stopped"), "its process was told to stop, by others than the sweep"),
         (ray.exceptions.WorkerCrashedError(), "WorkerCrashedError: The worker died unexpectedly while executing"),
         (ray.exceptions.OutOfMemoryError("full"), "OutOfMemoryError: full"),
+        (ray.exceptions.RuntimeEnvSetupError("no room"), "RuntimeEnvSetupError: Failed to set up runtime environment"),
+        (Outcome("done"), "it ended well, but its result has not been seen here for 60 s"),
     ],
 )
 def test_all_ways_of_being_lost(tmp_path, monkeypatch, ends, why):
@@ -203,7 +207,7 @@ def test_what_fails_is_not_run_again(tmp_path, monkeypatch):
 
     def work(order: Order) -> Outcome:
         if order.directory == said.directory:
-            return Outcome(cause="Traceback\nValueError: too few images")
+            return Outcome("failed", "Traceback\nValueError: too few images")
         if order.directory == raised.directory:
             error = ZeroDivisionError("by zero")
             task_error = ray.exceptions.RayTaskError("run", TRACEBACK, error)
@@ -227,6 +231,41 @@ def test_at_most_so_many_run_at_a_time(tmp_path, monkeypatch):
     assert waited == [2, 2, 2, 2, 1]
 
 
+def test_trials_on_slices_are_as_many_as_there_are_slices_now(tmp_path, monkeypatch):
+    trials = make_trials(tmp_path, 4)
+    waited: list[int] = []
+    slices = iter([1, 0, 3])
+    monkeypatch.setattr(DrawnRay, "wait", lambda self, refs, **_: (waited.append(len(refs)), (refs[:1], refs[1:]))[1])
+    monkeypatch.setattr(ray_executor.ray_cluster, "alive", list)
+    monkeypatch.setattr(ray_executor.ray_cluster, "count_slices", lambda *_: next(slices, 3))
+    found = run(trials, tmp_path, finish, monkeypatch, need=Need({}, "v6e:4x4"))
+    assert found.ended == trials
+    assert waited == [1, 3, 2, 1]  # and none while there was no slice
+    _, *tasks = found.drawn.options
+    assert [task["num_cpus"] for task in tasks] == [0] * 4
+
+
+def test_what_failed_before_stays_so_until_a_node_begins_with_it(tmp_path, monkeypatch):
+    first, second = trials = make_trials(tmp_path, 2)
+    failed = Failures(tmp_path / "errors")
+    for trial in trials:
+        failed.record(trial, "out of luck")
+    monkeypatch.setattr(
+        Board,
+        "check_in",
+        lambda self, key, place: self._places.update({key: place}) if (key.startswith(first.directory.name)) else None,
+    )
+    monkeypatch.setattr(DrawnRay, "cancel", lambda self, ref, force=False: None, raising=False)
+    monkeypatch.setattr(ray_executor, "STOP_SECONDS", 0.0)
+
+    def stop(order: Order) -> Outcome:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(trials, tmp_path, stop, monkeypatch, retry_failed=True)
+    assert (failed.status(first), failed.status(second)) == ("unfinished", "failed")
+
+
 def test_a_trial_whose_process_still_runs_waits_for_it(tmp_path, monkeypatch):
     first, second = trials = make_trials(tmp_path, 2)
     looks = iter(["host H, process 7", "host H, process 7"])
@@ -244,7 +283,7 @@ def test_a_result_that_is_seen_late_counts(tmp_path, monkeypatch):
     def work(order: Order) -> Outcome:
         orders.append(order)
         monkeypatch.setattr(ray_executor, "SHOW_SECONDS", 60.0)
-        return Outcome()
+        return Outcome("done")
 
     found = run([trial], tmp_path, work, monkeypatch)
     assert (found.ended, found.losses) == ([trial], [])

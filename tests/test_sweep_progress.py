@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 from pathlib import Path
@@ -112,6 +113,23 @@ def test_a_terminal_has_a_row_for_each_running_trial_as_far_as_there_is_room(tmp
     assert not any("host-3" in line for line in shown)
     assert ["and", "1", "more"] in shown
     assert text_of(console).startswith(("\x1b", "0 of 4 trials done"))
+
+
+class Full(io.StringIO):
+    """A file on a disk without space."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_output_that_cannot_be_written_ends_nothing(tmp_path, clock, is_terminal):
+    trial = make_trial(tmp_path, 0)
+    console = Console(file=Full(), force_terminal=is_terminal)
+    with Progress([trial], [trial], Failures(tmp_path / "errors"), console) as progress:
+        clock[0] = 100.0
+        progress.show([Running(trial, 0, "")])
+    assert not sweep_progress._Console(file=io.StringIO()).on_broken_pipe()
 
 
 def test_slow_storage_is_looked_at_less_often(tmp_path, clock, monkeypatch):
