@@ -19,7 +19,10 @@ from absl import app, flags
 
 from tests.conftest import ROOT
 
-SHORT = ["--config.total_steps=6", "--config.log_every=2", "--config.eval_every=3", "--config.optimizer.warmup_steps=2"]
+SHORT = [
+    *("--config.total_steps=6", "--config.log_every=2", "--config.eval_every=3", "--config.optimizer.warmup_steps=2"),
+    "--config.model.num_layers=1",
+]
 
 
 def command(*arguments: object) -> list[str]:

@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,11 @@ KINDS = [
 
 
 def make_config(argument: str = "butterfly,4", **changes: object) -> Config:
-    """Returns the digits configuration, made short; `changes` are dotted fields with __ for the dot."""
+    """Returns the digits configuration, with few steps and one layer; `changes` are dotted fields, __ the dot."""
     raw = digits.get_config(argument)
     raw.update({"total_steps": 6, "batch_size": 16, "log_every": 2, "eval_every": 3})
     raw.optimizer.warmup_steps = 2
+    raw.model.num_layers = 1
     raw = raw.to_dict()
     for name, value in changes.items():
         *sections, field = name.split("__")
@@ -69,8 +70,20 @@ def make_config(argument: str = "butterfly,4", **changes: object) -> Config:
 
 
 def make_model(**changes: object) -> ModelConfig:
-    """Returns the model of `make_config` with fields changed."""
-    return make_config("butterfly,4", **{f"model__{name}": value for name, value in changes.items()}).model
+    """Returns the model of configs/digits.py with four experts and fields changed."""
+    fields = {"num_layers": 2} | changes
+    return make_config("butterfly,4", **{f"model__{name}": value for name, value in fields.items()}).model
+
+
+def long_but(short: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Returns the cases as parameters of a test, marked long but for those in `short`; a tuple is of several names."""
+    short, cases = list(short), list(cases)
+    assert all(case in cases for case in short), short
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        pytest.param(*of, marks=() if case in short else pytest.mark.long)
+        for case, of in zip(cases, values, strict=True)
+    ]
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -89,19 +102,19 @@ def call(function: Callable[..., Any], *arguments: object) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def on_devices(count: int, function: Callable[[], Any]) -> Any:
-    """Returns what a function of a test module returns in a process that has `count` CPU devices."""
+def on_devices(count: int, function: Callable[..., Any], *arguments: object) -> Any:
+    """Returns what a function of a test module returns for plain data, in a process that has `count` CPU devices."""
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "returned")
-        command = call(_keep, function.__module__, function.__name__, path)
+        command = call(_keep, function.__module__, function.__name__, path, *arguments)
         run = subprocess.run(command, env=environment(count), capture_output=True, text=True, timeout=500)
         assert run.returncode == 0, run.stderr
         return pickle.loads(Path(path).read_bytes())
 
 
-def _keep(module: str, name: str, path: str) -> None:
+def _keep(module: str, name: str, path: str, *arguments: object) -> None:
     with contextlib.nullcontext() if module in _EVERY_PLATFORM else platforms.lowered_for("cpu"):
-        returned = getattr(__import__(module, fromlist=[name]), name)()
+        returned = getattr(__import__(module, fromlist=[name]), name)(*arguments)
     Path(path).write_bytes(pickle.dumps(returned))
 
 

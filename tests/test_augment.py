@@ -260,7 +260,7 @@ def test_parts_are_drawn_apart(key):
     assert np.abs(np.corrcoef([flipped, erased, moved]) - np.eye(3)).max() < 0.1
 
 
-@pytest.mark.parametrize(("batch", "size", "channels"), [(3, 1, 3), (1, 8, 1)])
+@pytest.mark.parametrize(("batch", "size", "channels"), [(3, 1, 3), pytest.param(1, 8, 1, marks=pytest.mark.long)])
 def test_the_whole_recipe_takes_small_images(key, batch, size, channels):
     images = random_images(batch, size, channels)
     result = augmented(key, images, RECIPE)

@@ -10,7 +10,7 @@ from bvit_jax import calibration, compress, compress_request, compress_source, e
 from bvit_jax.compress_request import STEPS, Request
 from bvit_jax.compress_source import Compressed, Source
 from bvit_jax.model_config import ConfigError
-from tests.conftest import make_model
+from tests.conftest import long_but, make_model
 from tests.test_calibration import images_of, random_params
 
 SMALL: dict[str, Any] = {"patch_size": 4, "num_layers": 2, "d_model": 8, "d_ff": 12, "num_heads": 2, "num_experts": 4}
@@ -137,7 +137,7 @@ def test_calibration_makes_rounding_better(bits: Any) -> None:
     assert end_error(calibrated, of) < end_error(nearest, of)
 
 
-@pytest.mark.parametrize("family", ["dense", "standard", "butterfly", "ternary", "low_rank"])
+@pytest.mark.parametrize("family", [*FAMILIES, "butterfly", *long_but([], ["ternary", "low_rank"])])
 @pytest.mark.parametrize("bits", [8, 2])
 def test_rounded_weights_are_stored_to_the_bit(family: str, bits: Any) -> None:
     of = source(family)

@@ -15,7 +15,7 @@ from bvit_jax.compressed import MAPS_FILE, MODEL_FILE, RESULT_FILE
 from bvit_jax.data import Split
 from bvit_jax.model_config import ConfigError
 from tests.commands import start, start_here
-from tests.conftest import make_config
+from tests.conftest import long_but, make_config
 
 SMALL: dict[str, Any] = {
     "model__d_model": 16,
@@ -59,7 +59,7 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("family", REQUESTS)
+@pytest.mark.parametrize("family", long_but(["dense", "standard"], REQUESTS))
 def test_what_is_written_is_what_is_reported(
     family: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,8 @@ from configs import paper
 from tests.conftest import KINDS, make_config
 
 # d_model 8, d_ff 16, 2 layers, 2 heads, 4 experts, 2 a token, 2 stages; images of 8 x 8 x 1 in 4 patches.
-SMALL = {"d_model": 8, "d_ff": 16, "num_heads": 2, "patch_size": 4, "num_experts": 4, "num_stages": 2, "top_k": 2}
+SMALL = {"d_model": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2, "patch_size": 4, "num_experts": 4, "num_stages": 2}
+SMALL |= {"top_k": 2}
 STORAGES = (Storage(), Storage(angle_bits=8, experts="ternary", router="int8", backbone="int8"))
 VARIANTS = [Variant(*kind, storage) for kind in KINDS for storage in STORAGES]
 LARGE = 10**12

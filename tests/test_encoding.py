@@ -16,7 +16,7 @@ from bvit_jax.reductions import Factors, Reductions
 from bvit_jax.storage import Storage
 from bvit_jax.tensors import NUMPY_DTYPE
 from tests import reduced
-from tests.conftest import KINDS, make_config
+from tests.conftest import KINDS, long_but, make_config
 from tests.test_storage import small
 
 STORAGES = {
@@ -50,6 +50,12 @@ CASES += [
     ("butterfly reference", "six bits"),
     ("butterfly tied", "floats"),
 ]
+FEW = [("butterfly separate", name) for name in STORAGES]
+FEW += [(f"{family} separate", "least") for family in ("dense", "standard", "ternary", "low_rank")]
+FEW += [("butterfly tied", "floats"), ("butterfly reference", "six bits"), ("scale per tensor", "ternary")]
+FEW += [("standard separate", "bytes"), ("two segments of mixtures", "halves"), ("rounded in training", "bytes")]
+REDUCED = [("factored", "dense", "int8"), ("factored", "butterfly", "float32"), ("factored", "standard", "int2")]
+REDUCED += [("pruned", "dense", "bfloat16"), ("merged", "standard", "int8"), ("merged", "ternary", "float32")]
 
 
 def random_params(model: ModelConfig, seed: int = 0) -> Any:
@@ -114,7 +120,7 @@ def expected_value(path: str, values: np.ndarray, model: ModelConfig, stored_as:
 # Tensors
 
 
-@pytest.mark.parametrize(("model", "name"), CASES)
+@pytest.mark.parametrize(("model", "name"), long_but(FEW, CASES))
 def test_encode_makes_what_layout_lists(model: str, name: str) -> None:
     config, stored_as = small(**MODELS[model]), STORAGES[name]
     params = random_params(config)
@@ -138,7 +144,7 @@ def test_encode_makes_what_layout_lists(model: str, name: str) -> None:
 # Values
 
 
-@pytest.mark.parametrize(("model", "name"), CASES)
+@pytest.mark.parametrize(("model", "name"), long_but(FEW, CASES))
 def test_what_comes_back_is_rounded_by_the_rules(model: str, name: str) -> None:
     config, stored_as = small(**MODELS[model]), STORAGES[name]
     params = random_params(config)
@@ -314,7 +320,7 @@ def expected_factors(path: str, leaf: np.ndarray, ranks: tuple[int, ...], name: 
     return np.array(found).reshape(leaf.shape)
 
 
-@pytest.mark.parametrize(("kind", "family", "name"), reduced.CASES)
+@pytest.mark.parametrize(("kind", "family", "name"), long_but(REDUCED, reduced.CASES))
 def test_reduced_parameters_come_back_from_a_file(kind: str, family: str, name: str) -> None:
     config = reduced.config_of(family)
     model = config.model
@@ -475,8 +481,9 @@ def test_nest() -> None:
     [("int8", "base3"), ("int4", "base3"), ("int2", "base3"), ("ternary", "base3"), ("ternary", "2bit")],
 )
 def test_factors_are_rounded_one_by_one_whatever_their_rank(name: Any, trits: Any) -> None:
-    shape = {"model__d_model": 16, "model__d_ff": 24, "model__num_heads": 2, "model__patch_size": 8}
-    model, path = make_config("dense", **shape).model, "segment_0/block_0/ffn/up/kernel"
+    shape = {"d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2, "patch_size": 8}
+    model = make_config("dense", **{f"model__{field}": value for field, value in shape.items()}).model
+    path = "segment_0/block_0/ffn/up/kernel"
     rng, ranks = np.random.default_rng(0), (3, 6)
     leaves = {at: rng.normal(size=size).astype(np.float32) for at, size in storage.param_shapes(model)}
     matrices = [rng.normal(size=(16, rank)) @ rng.normal(size=(rank, 24)) for rank in ranks]

@@ -240,6 +240,7 @@ def all_cases() -> dict[str, Any]:
 # Stored experts on a mesh
 
 LAYERS = {(expert, model, top_k) for expert, model in ((1, 1), (2, 1), (8, 1), (4, 2), (1, 4)) for top_k in (1, 2)}
+FEW = {(8, 1, 1), (4, 2, 2)}
 BATCH, TOKENS = 32, 5
 
 
@@ -272,18 +273,22 @@ def layer(layout: Layout | None, top_k: int, dtype: str = "float32", family: str
     return jax.tree.map(np.asarray, (outputs, gradients))
 
 
-def all_layers() -> dict[Any, Any]:
-    found = {
-        (expert, model, top_k): layer(Layout(expert=expert, model=model), top_k) for expert, model, top_k in LAYERS
+def layers(meshes: set[tuple[int, int, int]]) -> dict[Any, Any]:
+    found = {top_k: layer(None, top_k) for top_k in (1, 2)}
+    return found | {
+        (expert, model, top_k): layer(Layout(expert=expert, model=model), top_k) for expert, model, top_k in meshes
     }
-    found |= {top_k: layer(None, top_k) for top_k in (1, 2)}
+
+
+def few_layers() -> dict[Any, Any]:
+    found = layers(FEW)
     found["bfloat16"] = layer(Layout(expert=4, model=2), 2, "bfloat16")
     found["ternary"] = [layer(layout, 2, family="ternary") for layout in (None, Layout(expert=4, model=2))]
     return found
 
 
 def everything() -> tuple[Any, Any]:
-    return all_cases(), all_layers()
+    return all_cases(), few_layers()
 
 
 @pytest.fixture(scope="module")
@@ -327,9 +332,21 @@ def test_there_are_as_many_rounds_as_the_fullest_pair_needs(found, case):
         assert not first[late].any()
 
 
-@pytest.mark.parametrize(("expert", "model", "top_k"), sorted(LAYERS))
-def test_stored_experts_on_a_mesh_equal_those_on_one_device(found, expert, model, top_k):
-    one, on_mesh = found[1][top_k], found[1][expert, model, top_k]
+@pytest.mark.parametrize("mesh", sorted(FEW))
+def test_stored_experts_on_a_mesh_equal_those_on_one_device(found, mesh):
+    check_mesh(found[1], mesh)
+
+
+@pytest.mark.long
+def test_stored_experts_on_other_meshes_equal_those_on_one_device():
+    found = on_devices(8, layers, LAYERS - FEW)
+    for mesh in LAYERS - FEW:
+        check_mesh(found, mesh)
+
+
+def check_mesh(found: dict[Any, Any], mesh: tuple[int, int, int]) -> None:
+    expert, model, top_k = mesh
+    one, on_mesh = found[top_k], found[mesh]
     (y, report), gradients = one
     assert jax.tree.structure(on_mesh) == jax.tree.structure(one)
     for a, b in zip(jax.tree.leaves(on_mesh), jax.tree.leaves(one), strict=True):

@@ -171,12 +171,13 @@ def test_a_sweep_writes_tables_and_plots_and_ends_at_once_when_it_is_done(tmp_pa
         assert figure in first.stdout
 
     results = (tmp_path / "results.csv").read_bytes()
-    second = start(*sweep)
+    second = start_here(*sweep)
     assert second.returncode == 0, second.stderr
     assert "3 trials, 3 finished" in second.stdout
     assert (tmp_path / "results.csv").read_bytes() == results
 
 
+@pytest.mark.long
 def test_compile_tpu_writes_its_report_and_goes_on(tmp_path):
     flags = ["--config=configs/digits.py", "--topology=v5e:2x2", "--families=butterfly,dense", f"--out={tmp_path}"]
     run = start("experiments.compile_tpu", *flags, "--experts=4", "--config.model.num_layers=1")
@@ -211,6 +212,7 @@ def test_compile_tpu_refuses_what_cannot_be_compiled(tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_bench_times_compiles_writes_its_report_and_goes_on(tmp_path):
     flags = ["--quick", "--experts=4", "--jobs=layer forward", "--tpu_sizes=tiny", f"--out={tmp_path}"]
     run = start("experiments.bench", *flags)

@@ -49,7 +49,7 @@ def random_split(count: int) -> data.Split:
     return data.Split(squares.repeat(2, axis=1).repeat(2, axis=2), np.zeros(count, np.int32))
 
 
-@pytest.fixture(scope="module", params=["standard", "butterfly", "low_rank"])
+@pytest.fixture(scope="module", params=["standard", "butterfly", pytest.param("low_rank", marks=pytest.mark.long)])
 def made(request: pytest.FixtureRequest) -> Made:
     """Mixtures in a pattern of two that is repeated, and in two segments, of which one is repeated."""
     kinds: dict[str, dict[str, Any]] = {
@@ -290,10 +290,10 @@ def test_plain_data_and_means_over_layers():
     assert expert_use.means(use.to_dict()) == expert_use.Means(0.75, 3.0, 0.25, -0.125)
 
 
-def of_families() -> dict[str, Any]:
+def of_families(*families: str) -> dict[str, Any]:
     """Moves experts and measures them on as many devices as there are, parameters split as in training."""
     found = {}
-    for family in ("standard", "butterfly", "low_rank"):
+    for family in families:
         config = make_model(family=family, num_experts=8, dispatch="rows")
         placement = sharding.place(config, 8)
         places = placement.params(vit.param_axes(config), vit.param_shapes(config))
@@ -305,8 +305,11 @@ def of_families() -> dict[str, Any]:
     return found
 
 
-def test_several_devices_give_what_one_does():
-    one, four = of_families(), on_devices(4, of_families)
+@pytest.mark.parametrize(
+    "families", [("standard", "butterfly"), pytest.param(("low_rank",), marks=pytest.mark.long)], ids=" ".join
+)
+def test_several_devices_give_what_one_does(families):
+    one, four = of_families(*families), on_devices(4, of_families, *families)
     for family, (moved, cosine_M) in one.items():
         jax.tree.map(np.testing.assert_array_equal, four[family][0], moved)
         assert four[family][1] == pytest.approx(cosine_M, abs=1e-5)

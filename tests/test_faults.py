@@ -359,6 +359,7 @@ def test_a_run_that_is_killed_with_its_result_written_lost_nothing(undisturbed, 
 # The bench
 
 
+@pytest.mark.long
 def test_real_runs_come_through(tmp_path):
     out = tmp_path / "out"
     run = start("experiments.faults", f"--out={out}", "--trials=1", "--kinds=newest: flipped byte")

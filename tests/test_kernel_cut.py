@@ -288,7 +288,7 @@ def compiles(name: str, widths: tuple[int, int], experts: int, plan: Plan, dtype
     ("name", "widths", "experts", "stages", "dtype"),
     [
         ("v4:2x2x1", (256, 1024), 100, 2, "bfloat16"),
-        ("v4:2x2x1", (256, 1024), 8, 10, "float32"),
+        pytest.param("v4:2x2x1", (256, 1024), 8, 10, "float32", marks=pytest.mark.long),
     ],
 )
 def test_the_plan_is_what_the_compiler_needs(

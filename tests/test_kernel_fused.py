@@ -189,7 +189,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+FEW = ["separate", "tied", "bfloat16", "chunks, the last one short", "tied strips of one stage and chunks"]
+
+
+@pytest.mark.parametrize("name", conftest.long_but(FEW, SHAPES))
 def test_outputs_and_all_gradients_equal_the_oracle(name: str) -> None:
     check(*SHAPES[name])
 
@@ -209,7 +212,10 @@ ROUTES = {
 }
 
 
-@pytest.mark.parametrize("name", ROUTES)
+FALLS = ["one token", "all rows to one expert", "the middle chunk without rows", "the same expert twice"]
+
+
+@pytest.mark.parametrize("name", conftest.long_but(FALLS, ROUTES))
 def test_however_rows_fall(name: str) -> None:
     check(Shape(experts=5, chunk=2, tile=32, stages=1), np.array(ROUTES[name]))
 
@@ -222,7 +228,7 @@ def test_more_experts_than_rows() -> None:
     check(Shape(experts=40, chunk=8, stages=1), distinct(5, 2, 40))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", conftest.long_but([2], range(3)))
 def test_random_shapes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     d_model, d_ff = (128 * int(rng.integers(1, 4)) for _ in range(2))

@@ -29,13 +29,13 @@ LAYOUTS = [
     (128, 7, "ascending"),
     (256, 2, "descending"),
     (256, 2, "ascending"),
-    (512, 9, "descending"),
-    (512, 9, "ascending"),
+    pytest.param((512, 9, "descending"), marks=pytest.mark.long),
+    pytest.param((512, 9, "ascending"), marks=pytest.mark.long),
     (384, 2, "descending"),
     (384, 9, "descending"),
     (384, 9, "ascending"),
     (640, 10, "descending"),
-    (640, 10, "ascending"),
+    pytest.param((640, 10, "ascending"), marks=pytest.mark.long),
     (768, 2, "descending"),
 ]
 

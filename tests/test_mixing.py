@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bvit_jax import mixing
+from tests.conftest import long_but
 from tests.test_randaugment import CONFIG
 
 mix = jax.jit(mixing.mix, static_argnums=3)
@@ -28,7 +29,9 @@ def draws(config: object, count: int, size: int) -> np.ndarray:
     return np.asarray(jax.jit(jax.vmap(lambda key: mixing.draw(key, size, config)))(keys))
 
 
-@pytest.mark.parametrize(("config", "batch"), [(MIXUP, 2), (CUTMIX, 5), (BOTH, 8), (CUTMIX, 1)])
+@pytest.mark.parametrize(
+    ("config", "batch"), [(MIXUP, 2), (CUTMIX, 5), pytest.param(BOTH, 8, marks=pytest.mark.long), (CUTMIX, 1)]
+)
 def test_neighbours_are_mixed_and_labels_go_with_them(key, config, batch):
     images, labels = random_batch(batch)
     mixed, report = mix(key, images, labels, config)
@@ -90,7 +93,7 @@ def test_of_cutmix_the_share_is_the_area_that_is_left(key):
         np.testing.assert_array_equal(mixed[0] + mixed[1], 1)
 
 
-@pytest.mark.parametrize("alpha", [0.2, 0.8, 3.0])
+@pytest.mark.parametrize("alpha", long_but([0.8], [0.2, 0.8, 3.0]))
 def test_shares_of_mixup_are_beta(alpha):
     weights = draws(dataclasses.replace(CONFIG, mixup=alpha), 2000, 2)
     assert (weights == weights[:, :1, :1]).all()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from conftest import make_model
+from conftest import long_but, make_model
 from jax.extend import core
 
 from bvit_jax import moe, ternary, vit
@@ -95,7 +95,16 @@ CASES |= {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+FEW = [
+    *("butterfly, separate, two stages", "butterfly, separate, outer rotations alone"),
+    *("butterfly, tied, deep, one choice, per tensor", "butterfly, tied, one expert"),
+    *("butterfly, reference, two stages", "butterfly, reference, every expert, wide to narrow"),
+    *("dense", "standard, two choices", "standard, one expert", "ternary, one choice, per tensor"),
+    *("low rank, two choices", "low rank, every expert, wide to narrow"),
+]
+
+
+@pytest.mark.parametrize("case", long_but(FEW, CASES))
 def test_output_report_and_gradients_equal_oracle(case: str) -> None:
     config = small(**CASES[case])
     layer, params, x = make_layer(config)
@@ -251,7 +260,7 @@ def test_initial_spread_of_an_expert_does_not_depend_on_their_number() -> None:
         assert not params["up_bias"].any()
 
 
-@pytest.mark.parametrize("scale", ["row", "tensor"])
+@pytest.mark.parametrize("scale", ["row", pytest.param("tensor", marks=pytest.mark.long)])
 def test_ternary_experts_are_standard_ones_of_quantised_matrices(scale: str) -> None:
     changes: dict[str, Any] = {"num_experts": 4, "ternary_scale": scale}
     layer, params, x = make_layer(small(family="ternary", **changes))
@@ -333,7 +342,9 @@ def test_experts_without_rows_get_no_gradient(family: str) -> None:
             np.testing.assert_array_equal(size > 0, used, err_msg=name)
 
 
-@pytest.mark.parametrize("family", ["standard", "ternary", "butterfly", "low_rank"])
+@pytest.mark.parametrize(
+    "family", long_but(["standard", "butterfly"], ["standard", "ternary", "butterfly", "low_rank"])
+)
 def test_router_noise_in_training_alone(family: str) -> None:
     noisy, quiet = small(family=family, router_noise=2.0, num_experts=8), small(family=family, num_experts=8)
     layer, params, x = make_layer(noisy)
@@ -366,7 +377,7 @@ def products(jaxpr: core.Jaxpr) -> Iterator[tuple[Any, Any]]:
                 yield from products(getattr(inner, "jaxpr", inner))
 
 
-@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("case", long_but(["separate", "standard", "dense"], SHAPES))
 def test_bfloat16_compute(case: str) -> None:
     changes, _ = SHAPES[case]
     narrow, params, x = make_layer(small(**changes, compute_dtype="bfloat16"))
@@ -400,7 +411,7 @@ def test_standard_experts_go_by_tiles_on_tpus_by_blocks_on_cpus_and_ragged_elsew
     assert products < traced.lower().compile().cost_analysis()["flops"] < 2 * products
 
 
-@pytest.mark.parametrize("form", ["separate", "tied", "reference"])
+@pytest.mark.parametrize("form", long_but(["separate"], ["separate", "tied", "reference"]))
 def test_cost_of_rotated_experts_does_not_grow_with_their_number(form: str) -> None:
     d_model, d_ff, tokens, rotations = 32, 64, 16 * TOKENS, 1 if form == "reference" else 2
 

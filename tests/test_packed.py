@@ -17,7 +17,7 @@ from bvit_jax import components, encoding, memory, packed, packed_file, storage,
 from bvit_jax.config import Config
 from bvit_jax.storage import Storage
 from tests import reduced
-from tests.conftest import KINDS, make_config
+from tests.conftest import KINDS, long_but, make_config
 
 # Sides that are no powers of two; images of 8 x 8 x 1 in 4 patches.
 SMALL = {"d_model": 12, "d_ff": 20, "num_heads": 2, "patch_size": 4, "num_experts": 3, "num_stages": 3, "num_layers": 3}
@@ -90,7 +90,13 @@ TRAINED |= {
 }
 
 
-@pytest.mark.parametrize("name", TRAINED)
+AS_TRAINED = [
+    *("dense separate", "standard separate", "butterfly separate", "tied, 4 bits", "reference, 6 bits"),
+    *("ternary, no scale", "one by one"),
+]
+
+
+@pytest.mark.parametrize("name", long_but(AS_TRAINED, TRAINED))
 def test_stored_as_trained_it_gives_the_logits_of_training(name: str) -> None:
     config = small(**TRAINED[name])
     params, images = random_params(config), random_images(config)
@@ -117,7 +123,7 @@ STORED: list[tuple[dict[str, Any], Storage]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "stored_as"), STORED)
+@pytest.mark.parametrize(("changes", "stored_as"), long_but([STORED[at] for at in (0, 4, 8, 11)], STORED))
 def test_stored_in_fewer_bits_it_gives_the_logits_of_the_rounded_parameters(
     changes: dict[str, Any], stored_as: Storage
 ) -> None:
@@ -152,7 +158,7 @@ def test_a_reduced_model_gives_the_logits_of_the_reduced_parameters(
     are_equal_logits(packed.load(tmp_path / "model")(images, 3), expected)
 
 
-@pytest.mark.parametrize(("family", "form"), KINDS)
+@pytest.mark.parametrize(("family", "form"), long_but([("standard", "separate"), ("butterfly", "tied")], KINDS))
 def test_bfloat16_activations(family: str, form: str) -> None:
     config = small(family, form, compute_dtype="bfloat16", angle_bits=8, num_layers=1)
     params, images = random_params(config), random_images(config)
@@ -256,7 +262,11 @@ def test_memory_counts_the_packed_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "form"), [(kind, "tied") for kind in ("dense", "standard", "ternary", "butterfly", "low_rank")]
+    ("family", "form"),
+    long_but(
+        [("standard", "tied"), ("butterfly", "tied")],
+        [(kind, "tied") for kind in ("dense", "standard", "ternary", "butterfly", "low_rank")],
+    ),
 )
 def test_working_memory_does_not_grow_with_the_layers(family: str, form: str) -> None:
     # Sides large enough that the parameters of a layer, once unpacked, outweigh the activations of an image.
@@ -312,7 +322,7 @@ def angles_rounded(params: Any, bits: int) -> Any:
     return jax.tree_util.tree_map_with_path(rounded, params)
 
 
-@pytest.mark.parametrize("form", BUTTERFLIES)
+@pytest.mark.parametrize("form", long_but(["separate"], BUTTERFLIES))
 def test_training_sees_angles_as_they_are_stored(form: str) -> None:
     config, plain = small(form=form, angle_bits=4, num_layers=1), small(form=form, num_layers=1)
     params, images = random_params(config), random_images(config)
@@ -336,7 +346,7 @@ def test_training_sees_angles_as_they_are_stored(form: str) -> None:
         np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-5 * max(size, 1), err_msg=str(path))
 
 
-@pytest.mark.parametrize("scale", ["row", "tensor"])
+@pytest.mark.parametrize("scale", ["row", pytest.param("tensor", marks=pytest.mark.long)])
 def test_training_sees_ternary_experts_as_they_are_stored(scale: str) -> None:
     config = small("ternary", ternary_scale=scale, num_layers=1)
     params, images = random_params(config), random_images(config)
@@ -353,7 +363,7 @@ def test_training_sees_ternary_experts_as_they_are_stored(scale: str) -> None:
     assert np.abs(found - logits_of(standard, params, images)).max() > 0.01
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("precision", long_but(["int4"], ["bfloat16", "int8", "int4"]))
 @pytest.mark.parametrize("family", ["standard", "butterfly"])
 def test_training_sees_the_router_as_it_is_stored(family: str, precision: str) -> None:
     config, plain = small(family, router_precision=precision, num_layers=1), small(family, num_layers=1)

@@ -96,6 +96,7 @@ def test_the_file_scores_as_the_run_did(run, model, tmp_path):
     assert (validation[0]["count"], of_file[0]["count"]) == (197, 400)
 
 
+@pytest.mark.long
 def test_a_table_of_formats_over_several_runs(run, other_run, tmp_path):
     flags = ["--angle_bits=32,4", "--without_rotations", f"--out={tmp_path / 'new'}"]
     found = start("experiments.evaluate", f"--workdir={run},{other_run},{run}", *flags)

@@ -163,7 +163,7 @@ def test_a_computation_that_breaks_ends_in_the_same_way(tmp_path):
     [
         ("none", [0.0, 3.0], 1.0),
         ("Preempted", [3.0, 0.0], 1.0),
-        ("ConfigError", [2.0, 0.0], 60.0),
+        pytest.param("ConfigError", [2.0, 0.0], 60.0, marks=pytest.mark.long),
     ],
 )
 def test_processes_that_leave_at_different_times_are_not_lost(tmp_path, error, delays, grace):
@@ -183,7 +183,7 @@ def test_processes_that_leave_at_different_times_are_not_lost(tmp_path, error, d
         assert float(let_go) >= max(float(left) for _, left, _ in found)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_process_that_fails_alone_ends_all(tmp_path, failing):
     def command(port: int, number: int) -> list[str]:
         delays = [300.0 * (other != failing) for other in (0, 1)]
@@ -198,7 +198,7 @@ def test_a_process_that_fails_alone_ends_all(tmp_path, failing):
     assert both[1 - failing].stderr == f"error: process {failing} of 2 failed; see its own output{ONWARDS}\n"
 
 
-@pytest.mark.parametrize("absent", [0, 1])
+@pytest.mark.parametrize("absent", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_processes_that_do_not_meet_end(tmp_path, absent):
     with started(2, lambda port, number: call(stay_away, port, number, absent, str(tmp_path))) as running:
         [present] = endings([running[1 - absent]], PROMPT)

@@ -100,7 +100,7 @@ def work(port: int, number: int, folder: str, early: bool) -> None:
         sys.exit(preemption.EXIT_STATUS)
 
 
-@pytest.mark.parametrize(("early", "told"), [(False, 1), (True, 0)])
+@pytest.mark.parametrize(("early", "told"), [(False, 1), pytest.param(True, 0, marks=pytest.mark.long)])
 def test_a_signal_to_one_stops_both_at_the_same_point(tmp_path, early, told):
     with started(2, lambda port, number: call(work, port, number, str(tmp_path), early)) as running:
         moment = "ready" if early else "begun"

@@ -95,9 +95,17 @@ def test_a_damaged_image_is_found(tmp_path):
             ["--dataset=mnist", "--archive_dir=x"],
             "archive_dir = 'x': it must be left out, as mnist is not prepared",
         ),
-        (["--dataset=mnist", "--sha256=0"], "sha256 = '0': it must be left out, as mnist is not prepared here"),
+        pytest.param(
+            ["--dataset=mnist", "--sha256=0"],
+            "sha256 = '0': it must be left out, as mnist is not prepared here",
+            marks=pytest.mark.long,
+        ),
         (["--dataset=cifar10", "--archive_dir={data}"], "archive_dir: {data}/cifar-10-binary.tar.gz cannot be read ("),
-        (["--dataset=cifar10", "--sha256=0"], "sha256 = '0': it must be given with archive_dir alone"),
+        pytest.param(
+            ["--dataset=cifar10", "--sha256=0"],
+            "sha256 = '0': it must be given with archive_dir alone",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line(tmp_path, flags, message):

@@ -127,7 +127,7 @@ def wait_in_vain(port: int, number: int) -> None:
     processes.start(f"localhost:{port}", 2, number)
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_process_that_waits_for_others_in_vain_ends_with_one_line(number):
     with started(1, lambda port, _: call(wait_in_vain, port, number)) as running:
         [process] = endings(running, within=60)
@@ -461,8 +461,13 @@ def assert_goes_on_and_ends_like(undisturbed: Path, workdir: Path) -> None:
     assert results[0] | {"timing": None} == results[1] | {"timing": None}
 
 
-def test_a_run_that_lost_each_of_its_processes_ends_like_one_that_did_not(trained, tmp_path):
-    for victim, step in ((1, 4), (0, 5)):
+@pytest.mark.parametrize(
+    "losses",
+    [((1, 4),), pytest.param(((0, 4), (1, 5)), marks=pytest.mark.long)],
+    ids=["one", "one after the other"],
+)
+def test_a_run_that_lost_processes_ends_like_one_that_did_not(trained, tmp_path, losses):
+    for victim, step in losses:
 
         def command(port: int, number: int, victim: int = victim, step: int = step) -> list[str]:
             if number == victim:
@@ -478,6 +483,7 @@ def test_a_run_that_lost_each_of_its_processes_ends_like_one_that_did_not(traine
     assert_goes_on_and_ends_like(trained[0], tmp_path)
 
 
+@pytest.mark.long
 def test_two_processes_of_which_one_is_told_to_stop_stop_together_and_go_on(trained, tmp_path):
     with started(2, lambda port, number: [sys.executable, "-m", *train_command(port, number, tmp_path)]) as running:
         wait_for(running, tmp_path / "config.json")
@@ -499,9 +505,16 @@ def on_four_devices() -> tuple[list[dict[str, Any]], dict[str, Any]]:
 def test_two_processes_compute_what_one_does(trained, tmp_path):
     workdir, _ = trained
     train.run(short(), tmp_path, show_progress=False)
-    for other_rows, other_result in (on_devices(4, on_four_devices), (rows_of(tmp_path), result_of(tmp_path))):
-        assert_close(rows_of(workdir), other_rows)
-        assert_close(result_of(workdir), other_result)
+    assert_close(rows_of(workdir), rows_of(tmp_path))
+    assert_close(result_of(workdir), result_of(tmp_path))
+
+
+@pytest.mark.long
+def test_two_processes_compute_what_one_with_as_many_devices_does(trained):
+    workdir, _ = trained
+    rows, result = on_devices(4, on_four_devices)
+    assert_close(rows_of(workdir), rows)
+    assert_close(result_of(workdir), result)
 
 
 def test_checkpoints_of_two_processes_are_read_by_one(trained):
@@ -519,7 +532,9 @@ def test_checkpoints_of_two_processes_are_read_by_one(trained):
     ("flags", "second", "message"),
     [
         (["--config.seed=3"], (), "workdir = '{workdir}': it is of another configuration; choose another workdir"),
-        (["--expert_axis=3"], (), "expert_axis = 3: it must be a divisor of 4 devices"),
+        pytest.param(
+            *(["--expert_axis=3"], (), "expert_axis = 3: it must be a divisor of 4 devices"), marks=pytest.mark.long
+        ),
         (
             [],
             ("--config.seed=1",),

@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from bvit_jax import randaugment
 from bvit_jax.data_config import AugmentConfig
 from bvit_jax.randaugment import Operation, Plan
+from tests.conftest import long_but
 
 CONFIG = AugmentConfig(
     crop="resized",
@@ -91,7 +92,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [8, 32, 45])
+@pytest.mark.parametrize("size", long_but([45], [8, 32, 45]))
 def test_what_needs_no_interpolation_is_pillows(channels, size):
     levels = levels_image(size, channels)
     for operation, argument in CASES:

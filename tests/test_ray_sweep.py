@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 from tests.ray_cluster import SLICE, Cluster, ancestors, kill, started, variables_of_all
 from tests.test_sweep_process import PROGRAM, TIMING, wait_until
 
-STEPS, EVERY = 3000, 150
+STEPS, EVERY = 1200, 100
 """Of a trial, enough for it to be found in the middle, and from one checkpoint to the next."""
 
 

@@ -99,6 +99,7 @@ def test_a_run_is_not_gone_on_with_on_other_images(folder, trained, tmp_path):
     assert run.stderr.strip().splitlines()[-1].startswith(told)
 
 
+@pytest.mark.long
 def test_images_stored_larger_than_the_model_sees_are_cut_streamed_trained_on_and_scored(tmp_path):
     made_archive.prepare_jpegs(tmp_path / "data", train=40, validation=11)
     where = f"--data_dir={tmp_path / 'data'}"
@@ -156,6 +157,7 @@ def test_a_picture_that_cannot_be_drawn_is_one_clear_error(folder, flags, messag
     assert run.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
 
 
+@pytest.mark.long
 def test_the_input_is_timed(folder, tmp_path):
     where = (f"--data_dir={folder / 'data'}", f"--out={tmp_path}", "--repeats=2")
     run = start_here("experiments.bench_data", CONFIG, *where, *SIZES, *SMALL)

@@ -31,7 +31,7 @@ EVERYTHING = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of rotated experts; copy it before changing it."""
     workdir = tmp_path_factory.mktemp("runs") / "rotated"
-    train.run(make_config("butterfly,4"), workdir, show_progress=False)
+    train.run(make_config("butterfly,4", model__num_layers=2), workdir, show_progress=False)
     return workdir
 
 
@@ -196,7 +196,7 @@ def written(out: Path) -> list[str]:
 def report_of_run(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command wrote of a run."""
     out = tmp_path_factory.mktemp("reports") / "deep" / "out"
-    done = start("experiments.report", f"--workdir={run}", f"--out={out}", "--images=5")
+    done = start_here("experiments.report", f"--workdir={run}", f"--out={out}", "--images=5")
     assert done.returncode == 0, done.stderr
     assert f"{out / 'report.html'}; 11 figures, each as PNG and SVG" in done.stdout
     return out
@@ -221,7 +221,7 @@ def report_of_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sweep" / "plots").mkdir()
     drawn = figures.draw("cases", "", "", (3.5, 2.0), lambda figure: figure.subplots().plot([1, 2]))
     drawn.save(folder / "sweep" / "plots")
-    done = start_here("experiments.report", f"--workdir={folder / 'sweep'}", f"--out={folder / 'out'}")
+    done = start("experiments.report", f"--workdir={folder / 'sweep'}", f"--out={folder / 'out'}")
     assert done.returncode == 0, done.stderr
     return folder / "out"
 

@@ -102,7 +102,7 @@ def test_what_cannot_be_done_is_refused(label: str, of: Any, message: str) -> No
 
 
 def test_a_budget_that_cannot_be_met_is_refused_with_what_can() -> None:
-    trials = [make("dense")]
+    trials = [dataclasses.replace(make("dense"), config=make_config("dense", model__num_layers=2))]
     every = compress_request.numbers(trials[0].config.model)
     # Of two layers: query, key, value and out of 64 x 64, up of 64 x 128 and down of 128 x 64; rank 1 takes the sum of
     # their sides, and what else there is cannot be compressed.

@@ -51,7 +51,7 @@ def test_points_agree_with_the_ledger():
 
 
 def test_growth_of_stored_experts_is_linear_and_of_rotated_ones_less():
-    config = make_config("butterfly,4")
+    config = make_config("butterfly,4", model__num_layers=2)
     standard, butterfly = Variant("standard", "separate", Storage()), Variant("butterfly", "tied", Storage(8))
     points = scaling.points(config, [Variant("dense", "separate", Storage()), standard, butterfly], (1, 2, 4, 8, 4096))
     first, second = scaling.growth(points)
@@ -105,7 +105,7 @@ def test_other_families_are_no_start_for_a_report(tmp_path):
 
 
 def test_the_report_of_a_model(tmp_path):
-    config = make_config("butterfly,4")
+    config = make_config("butterfly,4", model__num_layers=2)
     points = memory_report.write(config, Storage(), (1, 4), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(memory_report.OUTPUTS)
     lines = (tmp_path / "memory_totals.csv").read_text().splitlines()

@@ -223,6 +223,7 @@ def from_dense(dense: Path) -> Config:
     return small("standard,4", start_from=str(dense))
 
 
+@pytest.mark.long
 def test_two_processes_start_as_one(dense, tmp_path):
     shutil.copytree(dense, tmp_path / "dense")
     with started(2, lambda port, number: call(two, port, number, str(tmp_path))) as running:

@@ -126,7 +126,7 @@ def test_a_sweep_killed_in_the_middle_goes_on_and_ends_as_an_undisturbed_one(tmp
     assert found == wanted
 
 
-@pytest.mark.parametrize("whom", ["the sweep", "its trials too"])
+@pytest.mark.parametrize("whom", ["the sweep", pytest.param("its trials too", marks=pytest.mark.long)])
 def test_a_sweep_that_is_told_to_stop_saves_its_trials(tmp_path, whom):
     seeds = (0, 1)
     first, second = trials_of(tmp_path, ENDLESS, seeds)
@@ -147,6 +147,7 @@ def test_a_sweep_that_is_told_to_stop_saves_its_trials(tmp_path, whom):
     assert (tmp_path / ".lock").read_bytes() == b""
 
 
+@pytest.mark.long
 def test_a_sweep_that_is_told_to_stop_before_it_starts_trials_lets_go(tmp_path):
     with started(tmp_path, ENDLESS, (0,)) as process:
         wait_until(lambda: (tmp_path / ".lock").exists() and (tmp_path / ".lock").read_bytes() != b"")
@@ -167,6 +168,7 @@ def show_a_trial_with_warnings(workdir: str) -> None:
     _Report([trial], Failures(Path(workdir) / "errors"), Path(workdir), {}, {}, None).show_ended(trial)
 
 
+@pytest.mark.long
 def test_warnings_of_a_finished_trial_are_shown_below_it(tmp_path):
     program = call(show_a_trial_with_warnings, str(tmp_path))
     found = subprocess.run(program, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=300)

@@ -19,7 +19,7 @@ from configs import digits, paper
 
 RECORDED = Path(__file__).parent / "recorded_tpu.json"
 NAMED = [
-    ("digits", "butterfly,8", "v5e:2x2"),
+    pytest.param("digits", "butterfly,8", "v5e:2x2", marks=pytest.mark.long),
     *[("paper", kind, "v5e:4x4") for kind in ("butterfly,64,tied", "standard,64")],
 ]
 
@@ -53,7 +53,7 @@ def test_training_steps_compile_and_take_what_is_recorded(module: str, kind: str
         RECORDED.write_text(json.dumps(dict(sorted(recorded.items())), indent=2) + "\n")
     assert recorded.get(key) == facts(found), (
         f"{key}: the compiled step is not what {RECORDED.name} says. If that is intended, update it: "
-        "UPDATE_RECORDED=1 pytest -n 0 tests/test_topology.py"
+        "UPDATE_RECORDED=1 pytest -n 0 -m 'long or not long' tests/test_topology.py"
     )
 
 
@@ -69,7 +69,14 @@ def per_expert_bytes(config: Config) -> int:
     return 4 * (sum(own) + statistics)
 
 
-@pytest.mark.parametrize(("form", "dispatch"), [("separate", "auto"), ("tied", "rows"), ("reference", "rows")])
+@pytest.mark.parametrize(
+    ("form", "dispatch"),
+    [
+        ("separate", "auto"),
+        pytest.param("tied", "rows", marks=pytest.mark.long),
+        pytest.param("reference", "rows", marks=pytest.mark.long),
+    ],
+)
 def test_butterfly_tokens_stay_and_traffic_grows_with_the_gradients_of_angles_and_router_alone(
     form: str, dispatch: str
 ) -> None:
@@ -169,7 +176,9 @@ def test_what_does_not_divide_is_refused_before_compiling(monkeypatch: pytest.Mo
         topology.compile_step(tiny("dense"), "v5e:2x2", "test")  # type: ignore[arg-type]  # wrong on purpose
 
 
-@pytest.mark.parametrize(("kind", "dispatch"), [("butterfly,8", "rows"), ("standard,8", "auto")])
+@pytest.mark.parametrize(
+    ("kind", "dispatch"), [("butterfly,8", "rows"), pytest.param("standard,8", "auto", marks=pytest.mark.long)]
+)
 def test_split_heads_and_channels_and_fsdp_compile(kind: str, dispatch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "LARGE_BYTES", 2**14)
     config = one_layer(kind, dispatch=dispatch)
@@ -178,6 +187,7 @@ def test_split_heads_and_channels_and_fsdp_compile(kind: str, dispatch: str, mon
     assert {"all-gather", "all-reduce"} <= set(found.by_kind)
 
 
+@pytest.mark.long
 def test_programs_of_the_compiler_are_read_whole() -> None:
     placement = sharding.place(one_layer("standard,8").model, 32, devices=topology.devices_of("v5e:2x2"))
     program = topology.build(one_layer("standard,8"), placement, "train")

@@ -28,7 +28,12 @@ def logits(config: ModelConfig, params: Any, images: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("family", "moe_layers"),
-    [("standard", "0,2,3"), ("butterfly", "second"), ("low_rank", "0,2"), ("dense", "every")],
+    [
+        ("butterfly", "second"),
+        ("dense", "every"),
+        pytest.param("standard", "0,2,3", marks=pytest.mark.long),
+        pytest.param("low_rank", "0,2", marks=pytest.mark.long),
+    ],
 )
 def test_a_mixture_starts_as_the_function_of_the_dense_model(family, moe_layers, key):
     # Experts are alike and two gates add up to 1; angles of 0 turn nothing and floats are not rounded.

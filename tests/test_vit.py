@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_model
+from conftest import long_but, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -196,7 +196,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("model", ["every", "second", "two of three", "standard", "dense"])
+@pytest.mark.parametrize(
+    "model", long_but(["second", "two of three", "dense"], ["every", "second", "two of three", "standard", "dense"])
+)
 def test_scanned_layers_equal_one_after_another(model: str) -> None:
     config = small(**MODELS[model])
     params, images = random_params(config), random_images(config)
@@ -212,7 +214,7 @@ def test_scanned_layers_equal_one_after_another(model: str) -> None:
     ("model", "layers"),
     [
         ("every", (0, 1, 2)),
-        ("two alone", (0, 1)),
+        pytest.param("two alone", (0, 1), marks=pytest.mark.long),
         ("second", (1, 3)),
         ("two of three", (0, 1, 3, 4)),
         ("out of order", (0, 1, 4)),
@@ -410,7 +412,7 @@ def test_bytes_are_pixels_of_255_levels() -> None:
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["dense", "standard", "butterfly"])
+@pytest.mark.parametrize("family", long_but(["dense", "butterfly"], ["dense", "standard", "butterfly"]))
 def test_program_does_not_grow_with_depth(family: str) -> None:
     def lines(depth: int, **changes: object) -> int:
         config = small(family=family, num_layers=depth, **changes)
