@@ -83,7 +83,7 @@ def describe(config: Config) -> str:
     """Says in a line what is counted."""
     m = config.model
     layers = sum(dataclasses.replace(m, family="butterfly").is_moe_by_layer)
-    return f"{layers} mixture layers, d_model {m.d_model}, d_ff {m.d_ff}, {m.num_stages} stages"
+    return f"{layers} mixture layer{'s' * (layers > 1)}, d_model {m.d_model}, d_ff {m.d_ff}, {m.num_stages} stages"
 
 
 def _growth_row(found: Growth) -> dict[str, Any]:

@@ -159,6 +159,5 @@ def _kind(config: Config) -> str:
     model = config.model
     form = f" {model.form}" if model.family == "butterfly" else ""
     experts = "" if model.family == "dense" else f", {model.num_experts} experts, {model.top_k} a token"
-    return (
-        f"{model.family}{form}{experts}; {model.num_layers} layers of {model.d_model} channels, on {config.data.name}"
-    )
+    layers = f"{model.num_layers} layer" + "s" * (model.num_layers > 1)
+    return f"{model.family}{form}{experts}; {layers} of {model.d_model} channels, on {config.data.name}"
