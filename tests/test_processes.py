@@ -461,11 +461,8 @@ def assert_goes_on_and_ends_like(undisturbed: Path, workdir: Path) -> None:
     assert results[0] | {"timing": None} == results[1] | {"timing": None}
 
 
-@pytest.mark.parametrize(
-    "losses",
-    [((1, 4),), pytest.param(((0, 4), (1, 5)), marks=pytest.mark.long)],
-    ids=["one", "one after the other"],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("losses", [((1, 4),), ((0, 4), (1, 5))], ids=["one", "one after the other"])
 def test_a_run_that_lost_processes_ends_like_one_that_did_not(trained, tmp_path, losses):
     for victim, step in losses:
 

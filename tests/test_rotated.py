@@ -367,6 +367,7 @@ def layers() -> Any:
     return {path: (layer(path, 1), layer(path, 4)) for path in ("blocks", "fused")}
 
 
+@pytest.mark.long
 def test_on_a_mesh_blocks_and_fused_give_what_one_device_gives() -> None:
     found = on_devices(4, layers)
     for a, b in zip(jax.tree.leaves(found["blocks"][0]), jax.tree.leaves(found["fused"][0]), strict=True):

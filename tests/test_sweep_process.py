@@ -228,6 +228,7 @@ def times(directory: Path) -> dict[str, int]:
     return {name: (directory / name).stat().st_mtime_ns for name in ("result.json", "metrics.jsonl", "checkpoints")}
 
 
+@pytest.mark.long
 def test_compressions_are_made_after_training_each_once(tmp_path, monkeypatch):
     for name, value in environment(1).items():
         monkeypatch.setenv(name, value)

@@ -19,9 +19,9 @@ from configs import digits, paper
 
 RECORDED = Path(__file__).parent / "recorded_tpu.json"
 NAMED = [
-    pytest.param("digits", "butterfly,8", "v5e:2x2", marks=pytest.mark.long),
+    ("digits", "butterfly,8", "v5e:2x2"),
     ("paper", "butterfly,64,tied", "v5e:4x4"),
-    pytest.param("paper", "standard,64", "v5e:4x4", marks=pytest.mark.long),
+    ("paper", "standard,64", "v5e:4x4"),
 ]
 
 
@@ -42,6 +42,7 @@ def facts(found: Compiled) -> dict[str, Any]:
     return memory | {"matmul_flops": found.matmul_flops, "collectives": dict(sorted(found.by_kind.items()))}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("module", "kind", "name"), NAMED)
 def test_training_steps_compile_and_take_what_is_recorded(module: str, kind: str, name: str) -> None:
     config = resolve({"digits": digits, "paper": paper}[module].get_config(kind).to_dict())
@@ -90,6 +91,7 @@ def test_butterfly_tokens_stay_and_traffic_grows_with_the_gradients_of_angles_an
     assert added == 56 * per_expert_bytes(one_layer(f"butterfly,8,{form}"))
 
 
+@pytest.mark.long
 def test_stored_experts_are_split_and_their_tokens_travel() -> None:
     config = one_layer("standard,8")
     found = topology.compile_step(config, "v5e:2x2", "train")
@@ -134,6 +136,7 @@ def test_loops_count_as_often_as_they_run() -> None:
     assert deep.flops_unlooped == pytest.approx(flat.flops_unlooped, rel=0.05)
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_told_with_what_it_would_need() -> None:
     config = one_layer("standard,4096", d_model=1024, d_ff=4096, num_heads=4)
     found = topology.compile_step(config, "v5e:2x2", "train")

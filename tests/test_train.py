@@ -478,6 +478,7 @@ def test_other_troubles_with_experts_are_told_as_they_are(finished, tmp_path, mo
         train.run(config, tmp_path, show_progress=False)
 
 
+@pytest.mark.long
 def test_dead_experts_are_warned_of_with_their_numbers(tmp_path, capsys):
     # 64 experts share 985 tokens, and routers that learn a thousand times as fast are soon sure of themselves.
     shape = {"top_k": 1, "patch_size": 4, "num_layers": 1, "d_model": 16, "d_ff": 32}
