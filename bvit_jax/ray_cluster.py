@@ -180,24 +180,28 @@ def hosts_of(wanted: Need) -> tuple[int, dict[str, float]]:
 
 def fitting(wanted: Need, nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Returns the nodes that have what a trial takes of one; hosts of slices only if all of a slice are there."""
-    own = hosts_of(wanted)[1] if wanted.slice else wanted.resources
-    enough = [node for node in nodes if all(node["Resources"].get(name, 0.0) >= own[name] for name in own)]
-    return [node for slice_nodes in _slices(wanted, enough) for node in slice_nodes] if wanted.slice else enough
+    if wanted.slice:
+        return [node for hosts in _slices(wanted, nodes) for node in hosts]
+    return _having(wanted.resources, nodes)
+
+
+def _having(resources: Mapping[str, float], nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [node for node in nodes if all(node["Resources"].get(name, 0.0) >= resources[name] for name in resources)]
 
 
 def count_slices(wanted: Need, nodes: Sequence[Mapping[str, Any]]) -> int:
     """Returns how many whole slices of the wanted kind there are, free or not."""
-    return len(_slices(wanted, fitting(wanted, nodes)))
+    return len(_slices(wanted, nodes))
 
 
 def _slices(wanted: Need, nodes: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
     """Groups the hosts of whole slices, as Ray finds these when it reserves one: by their kind and size."""
     from ray.util.tpu import infer_tpu_pod_type_from_topology
 
-    hosts, _ = hosts_of(wanted)
+    hosts, own = hosts_of(wanted)
     kind = infer_tpu_pod_type_from_topology(wanted.shape, wanted.accelerator)
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for node in nodes:
+    for node in _having(own, nodes):
         if node["Labels"].get(_KIND_LABEL) == kind:
             name = node["NodeID"] if hosts == 1 else str(node["Labels"].get(_SLICE_LABEL))
             groups.setdefault(name, []).append(node)

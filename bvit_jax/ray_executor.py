@@ -53,7 +53,7 @@ class _Task:
         trial: of the sweep.
         key: of this attempt, on the board.
         steps: that the trial had done when it was handed over.
-        started: whether a node has begun with it.
+        place: where a node began with it, once one has.
         outcome: once Ray has it back.
         patience_ends: for its result to be seen here, on the clock of `time.monotonic`.
     """
@@ -61,7 +61,7 @@ class _Task:
     trial: Trial
     key: str
     steps: int
-    started: bool = False
+    place: str | None = None
     outcome: Outcome | None = None
     patience_ends: float = 0.0
 
@@ -154,7 +154,6 @@ class _Runner:
         self._tasks: dict[Any, _Task] = {}
         self._unseen: list[_Task] = []
         self._losses: dict[Path, _Losses] = {}
-        self._places: dict[str, str] = {}
         self._stopping = False
 
     def goes_on(self) -> bool:
@@ -178,7 +177,7 @@ class _Runner:
             return
         self._stopping = True
         for ref, task in self._tasks.items():
-            if not task.started:
+            if task.place is None:
                 ray.cancel(ref)
         deadline = time.monotonic() + STOP_SECONDS
         while self._tasks and time.monotonic() < deadline:
@@ -216,12 +215,7 @@ class _Runner:
             ended, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_seconds)
         else:  # those that wait are not free yet, or have no room
             time.sleep(timeout_seconds)
-        with contextlib.suppress(ray.exceptions.RayError):  # it is started anew when it is lost
-            self._places = ray.get(self._board.places.remote())
-        for task in self._tasks.values():
-            if task.key in self._places and not task.started:
-                task.started = True
-                self._failed.forget(task.trial)
+        self._note_places()
         for ref in ended:
             task = self._tasks.pop(ref)
             task.outcome = _outcome(ref)
@@ -233,8 +227,18 @@ class _Runner:
                 self._settle(task)
         self._unseen = late
         self._progress.show(
-            [Running(task.trial, task.steps, self._places[task.key]) for task in self._tasks.values() if task.started]
+            [Running(task.trial, task.steps, task.place) for task in self._tasks.values() if task.place is not None]
         )
+
+    def _note_places(self) -> None:
+        """Takes note of the trials that a node has begun with."""
+        places: dict[str, str] = {}
+        with contextlib.suppress(ray.exceptions.RayError):  # a board that is lost is started anew, and begins empty
+            places = ray.get(self._board.places.remote())
+        for task in self._tasks.values():
+            if task.place is None and task.key in places:
+                task.place = places[task.key]
+                self._failed.forget(task.trial)
 
     def _settle(self, task: _Task) -> None:
         trial, outcome = task.trial, task.outcome
@@ -249,7 +253,7 @@ class _Runner:
                 self._on_loss(trial, lost)
                 return
             self._failed.record(trial, f"{lost}\n{_given_up(self._losses[trial.directory])}")
-        if task.started or not self._stopping:
+        if task.place is not None or not self._stopping:
             self._progress.ended(trial, task.steps)
             self._on_end(trial)
 

@@ -275,6 +275,20 @@ def test_a_trial_whose_process_still_runs_waits_for_it(tmp_path, monkeypatch):
     assert run(trials, tmp_path, finish, monkeypatch).ended == [second, first]
 
 
+def test_a_board_that_begins_anew_has_forgotten_places_and_nothing_else(tmp_path, monkeypatch):
+    [trial] = make_trials(tmp_path, 1)
+    shown: list[list[str]] = []
+    waits = iter([False, False])
+    monkeypatch.setattr(DrawnRay, "wait", lambda self, refs, **_: (refs, []) if next(waits, True) else ([], refs))
+    places = iter([{f"{trial.directory.name}/0": "a host"}])
+    monkeypatch.setattr(Board, "places", lambda self: next(places, {}))
+    monkeypatch.setattr(
+        ray_executor.sweep_progress.Progress, "show", lambda self, running: shown.append([one.where for one in running])
+    )
+    assert run([trial], tmp_path, finish, monkeypatch).ended == [trial]
+    assert shown == [["a host"], ["a host"], []]
+
+
 def test_a_result_that_is_seen_late_counts(tmp_path, monkeypatch):
     [trial] = make_trials(tmp_path, 1)
     orders: list[Order] = []
