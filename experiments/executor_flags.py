@@ -3,14 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from absl import flags
 
 from bvit_jax import executor, preemption, ray_cluster
 from bvit_jax.failures import Failures
 from bvit_jax.model_config import require
-from bvit_jax.ray_cluster import Need
 from bvit_jax.sweep import Trial
 
 _EXECUTOR = flags.DEFINE_enum("executor", "local", ["local", "ray"], "Run trials on this machine, or on a Ray cluster.")
@@ -26,22 +24,26 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "A trial takes such a slice of
 _MAX_RETRIES = flags.DEFINE_integer(
     "max_retries", None, "Times that a trial is started again whose node was lost, from each checkpoint; 3 if left out."
 )
+_COMPILED = "compilation_cache"
+"""The folder of compiled programs, in the sweep's directory."""
+
+Run = Callable[[Sequence[Trial], Failures, Path, Callable[[Trial], None], preemption.Notice], None]
+"""Runs trials: all of a sweep, its failures, its directory, and `on_end` and `notice` of `executor.run_trials`."""
 
 
-class Executor(Protocol):
-    """Runs the trials of a sweep; `devices` are those of a trial, and as text it says how they run."""
+@dataclasses.dataclass(frozen=True)
+class Executor:
+    """Runs the trials of a sweep.
+
+    Attributes:
+        devices: of a trial.
+        how: they run, in words.
+        run: what runs them.
+    """
 
     devices: int
-
-    def run(
-        self,
-        trials: Sequence[Trial],
-        failed: Failures,
-        workdir: Path,
-        on_end: Callable[[Trial], None],
-        notice: preemption.Notice,
-    ) -> None:
-        """As `executor.run_trials`."""
+    how: str
+    run: Run
 
 
 def workdir(given: str) -> Path:
@@ -74,28 +76,23 @@ def chosen(trials: Sequence[Trial], say: Callable[[str], None]) -> Executor:
         return _on_ray(trials, say)
     for flag in (_ADDRESS, _RESOURCES, _TOPOLOGY, _MAX_RETRIES):
         require(flag.value is None, flag.name, flag.value, "left out, or given with --executor=ray")
+    return _local()
+
+
+def _local() -> Executor:
     platform = executor.probe_platform()
-    return _Local(platform.devices, _JOBS.value or platform.default_jobs)
-
-
-@dataclasses.dataclass
-class _Local:
-    devices: int
-    jobs: int
-
-    def __str__(self) -> str:
-        return f"{self.jobs} at a time"
+    jobs = _JOBS.value or platform.default_jobs
 
     def run(
-        self,
         trials: Sequence[Trial],
         failed: Failures,
-        workdir: Path,
+        directory: Path,
         on_end: Callable[[Trial], None],
         notice: preemption.Notice,
     ) -> None:
-        cache = workdir / "compilation_cache"
-        executor.run_trials(trials, failed, self.jobs, retry_failed(), cache, on_end, notice)
+        executor.run_trials(trials, failed, jobs, retry_failed(), directory / _COMPILED, on_end, notice)
+
+    return Executor(platform.devices, f"{jobs} at a time", run)
 
 
 def _on_ray(trials: Sequence[Trial], say: Callable[[str], None]) -> Executor:
@@ -105,36 +102,24 @@ def _on_ray(trials: Sequence[Trial], say: Callable[[str], None]) -> Executor:
     for start in {trial.config.start_from for trial in trials} - {""}:
         require(Path(start).is_absolute(), "start_from", start, "an absolute path, for nodes of a cluster to find it")
     ray_cluster.connect(_ADDRESS.value or "auto")
-    from bvit_jax import ray_probe  # needs Ray
+    from bvit_jax import ray_executor, ray_probe  # need Ray
 
-    return _OnRay(ray_probe.probe(need), need, _JOBS.value, retries, say)
+    jobs = _JOBS.value
 
-
-@dataclasses.dataclass
-class _OnRay:
-    devices: int
-    need: Need
-    jobs: int
-    max_retries: int
-    say: Callable[[str], None]
-
-    def __str__(self) -> str:
-        return f"on Ray, each with {self.need}" + (f", {self.jobs} at a time" if self.jobs else "")
+    def on_loss(trial: Trial, why: str) -> None:
+        say(f"{trial.label:<40} lost       at step {trial.steps_done}, to be started again: {why}")
 
     def run(
-        self,
         trials: Sequence[Trial],
         failed: Failures,
-        workdir: Path,
+        directory: Path,
         on_end: Callable[[Trial], None],
         notice: preemption.Notice,
     ) -> None:
-        from bvit_jax import ray_executor, ray_probe
-
-        def on_loss(trial: Trial, why: str) -> None:
-            self.say(f"{trial.label:<40} lost       at step {trial.steps_done}, to be started again: {why}")
-
-        cache, identity = workdir / "compilation_cache", workdir / "sweep.json"
-        ray_probe.check_shared(self.need, identity)
-        plan = ray_executor.Plan(self.need, self.jobs, self.max_retries, retry_failed(), cache, identity)
+        identity = directory / "sweep.json"
+        ray_probe.check_shared(need, identity)
+        plan = ray_executor.Plan(need, jobs, retries, retry_failed(), directory / _COMPILED, identity)
         ray_executor.run_trials(trials, failed, plan, on_end, on_loss, notice)
+
+    how = f"on Ray, each with {need}" + (f", {jobs} at a time" if jobs else "")
+    return Executor(ray_probe.probe(need), how, run)

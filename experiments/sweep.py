@@ -127,7 +127,7 @@ def _run(report: "_Report", runs: executor_flags.Executor, notice: preemption.No
     trials, failed, workdir = report.trials, report.failed, report.workdir
     statuses = [failed.status(trial) for trial in trials]
     print(
-        f"{len(trials)} trials, {statuses.count('ok')} finished, {statuses.count('failed')} failed; {runs}; "
+        f"{len(trials)} trials, {statuses.count('ok')} finished, {statuses.count('failed')} failed; {runs.how}; "
         f"Ctrl-C is safe, the same command goes on"
     )
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from tests.conftest import environment
 
 START_SECONDS = 120
+_STARTED = "Ray runtime started"
 SLICE = "v4:2x2x2"
 """Two hosts with four chips each."""
 
@@ -28,17 +29,17 @@ class Cluster:
         self.address = f"127.0.0.1:{_free_port()}"
         port = self.address.rpartition(":")[2]
         head = ("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={directory}")
-        self._start("Ray runtime started", *head, "--num-cpus=0")
+        self._start(*head, "--num-cpus=0")
 
     def add(self, host_of_slice: int) -> subprocess.Popen[bytes]:
         """Starts a node with one CPU that says it were this host of a slice of TPUs, as on Kubernetes."""
         slice_of_two = {"TPU_ACCELERATOR_TYPE": "v4-16", "TPU_NAME": "drawn", "TPU_TOPOLOGY": "2x2x2"}
         resources = ("--num-cpus=1", '--resources={"TPU": 4}')
         variables = {**slice_of_two, "TPU_WORKER_ID": str(host_of_slice)}
-        return self._start("Ray runtime started", f"--address={self.address}", *resources, **variables)
+        return self._start(f"--address={self.address}", *resources, **variables)
 
-    def _start(self, sign: str, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
-        # One port for all workers of two nodes on one machine does not do; 0: any.
+    def _start(self, *arguments: str, **variables: str) -> subprocess.Popen[bytes]:
+        # Any ports: nodes of one machine cannot all have the usual ones.
         ports = ("--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1")
         program = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=80000000"]
         log = self._directory / f"node_{len(self._nodes)}.log"
@@ -53,9 +54,9 @@ class Cluster:
             )
         self._nodes.append(node)
         deadline = time.monotonic() + START_SECONDS
-        while sign not in log.read_text() and node.poll() is None and time.monotonic() < deadline:
+        while _STARTED not in log.read_text() and node.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert sign in log.read_text(), log.read_text()
+        assert _STARTED in log.read_text(), log.read_text()
         return node
 
     def stop(self) -> None:

@@ -1,11 +1,8 @@
 """Whole sweeps on a real Ray cluster of two nodes, which are the hosts of a slice of TPUs as far as Ray knows."""
 
-import csv
-import io
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bvit_jax import grid, metrics, sweep, train
-from configs import sweep_digits
+from bvit_jax import metrics, sweep, train
 from tests.conftest import ROOT
 from tests.ray_cluster import SLICE, Cluster, ancestors, kill, started, variables_of_all
-from tests.test_sweep_process import PROGRAM, TIMING, wait_until
+from tests.test_sweep_process import ENDLESS, TIMING, command, rows, trials_of, wait_until
 
 STEPS, EVERY = 1200, 100
 """Of a trial, enough for it to be found in the middle, and from one checkpoint to the next."""
-ENDLESS = 1_000_000
 
 
 @pytest.fixture(scope="module")
@@ -30,32 +25,8 @@ def cluster() -> Iterator[tuple[Cluster, list[subprocess.Popen[bytes]]]]:
         yield found
 
 
-def base_of(steps: int) -> dict[str, Any]:
-    base = sweep_digits.get_config().base.to_dict()
-    base |= {"total_steps": steps, "batch_size": 16, "log_every": 2, "eval_every": EVERY}
-    base["optimizer"]["warmup_steps"] = 2
-    base["model"]["num_layers"] = 1
-    return base
-
-
-def trials_of(workdir: Path, steps: int, seeds: tuple[int, ...]) -> list[sweep.Trial]:
-    return grid.expand(base_of(steps), {"seed": seeds, "model": {"family": ("dense",)}}, workdir)
-
-
-def command(workdir: Path, steps: int, seeds: tuple[int, ...], *flags: str) -> list[str]:
-    """A short sweep of dense models, without most of the memory report."""
-    base = {"total_steps": steps, "batch_size": 16, "log_every": 2, "eval_every": EVERY, "optimizer.warmup_steps": 2}
-    base["model.num_layers"] = 1
-    of = {"seed": seeds, "model.family": ("dense",), "model.form": ("separate",), "model.num_experts": (2,)}
-    return [
-        *(sys.executable, "-c", PROGRAM, f"--workdir={workdir}", *flags),
-        *(f"--config.base.{name}={value!r}" for name, value in base.items()),
-        *(f"--config.grid.{name}={value!r}" for name, value in of.items()),
-    ]
-
-
 def on_ray(cluster: Cluster, workdir: Path, seeds: tuple[int, ...], *flags: str, steps: int = STEPS) -> list[str]:
-    return command(workdir, steps, seeds, "--executor=ray", f"--ray_address={cluster.address}", *flags)
+    return command(workdir, steps, seeds, "--executor=ray", f"--ray_address={cluster.address}", *flags, every=EVERY)
 
 
 def run(program: list[str]) -> subprocess.CompletedProcess[str]:
@@ -67,8 +38,8 @@ def start(program: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(program, cwd=ROOT, env=variables_of_all(), **pipes)
 
 
-def rows(workdir: Path) -> list[dict[str, str]]:
-    found = list(csv.DictReader(io.StringIO((workdir / "results.csv").read_text())))
+def but_for_times(workdir: Path) -> list[dict[str, str]]:
+    found = rows(workdir)
     for row in found:
         assert all(row.pop(name) for name in TIMING)
     return found
@@ -89,7 +60,7 @@ def runs_on(trial: sweep.Trial, node: subprocess.Popen[bytes]) -> bool:
 
 
 def test_hosts_of_a_slice_train_a_trial_together_to_the_losses_of_one_process(cluster, tmp_path):
-    [trial] = trials_of(tmp_path / "slice", 6, (0,))
+    [trial] = trials_of(tmp_path / "slice", 6, (0,), EVERY)
     found = run(on_ray(cluster[0], tmp_path / "slice", (0,), f"--topology={SLICE}", steps=6))
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"on Ray, each with {SLICE};" in found.stdout
@@ -128,7 +99,7 @@ def test_what_the_cluster_does_not_have_is_refused_at_once(cluster, tmp_path):
 
 @pytest.mark.long
 def test_a_sweep_that_is_told_to_stop_saves_its_trials(cluster, tmp_path):
-    trials = trials_of(tmp_path, ENDLESS, (0, 1, 2))
+    trials = trials_of(tmp_path, ENDLESS, (0, 1, 2), EVERY)
     told = start(on_ray(cluster[0], tmp_path, (0, 1, 2), steps=ENDLESS))
     wait_until(lambda: sum(trial.steps_done > 2 for trial in trials) == 2)
     told.send_signal(signal.SIGTERM)
@@ -142,7 +113,7 @@ def test_a_sweep_that_is_told_to_stop_saves_its_trials(cluster, tmp_path):
 def test_killed_and_robbed_of_a_node_a_sweep_ends_with_every_trial_done_once(cluster, tmp_path):
     ray, (_, second_node) = cluster
     workdir, seeds = tmp_path / "ray", (0, 1, 2)
-    trials = trials_of(workdir, STEPS, seeds)
+    trials = trials_of(workdir, STEPS, seeds, EVERY)
     program = on_ray(ray, workdir, seeds)
 
     killed = start(program)
@@ -170,8 +141,8 @@ def test_killed_and_robbed_of_a_node_a_sweep_ends_with_every_trial_done_once(clu
     assert kinds(lost) == ["resumed", "resumed"]
     assert not (workdir / "errors").exists()
 
-    local = run(command(tmp_path / "local", STEPS, seeds, "--jobs=2"))
+    local = run(command(tmp_path / "local", STEPS, seeds, "--jobs=2", every=EVERY))
     assert local.returncode == 0, local.stderr
-    assert rows(workdir) == rows(tmp_path / "local")
-    for trial, alone in zip(trials, trials_of(tmp_path / "local", STEPS, seeds), strict=True):
+    assert but_for_times(workdir) == but_for_times(tmp_path / "local")
+    for trial, alone in zip(trials, trials_of(tmp_path / "local", STEPS, seeds, EVERY), strict=True):
         assert trial.rows("metrics.jsonl") == alone.rows("metrics.jsonl")

@@ -32,20 +32,22 @@ entry.run(sweep.main, resumes=True)
 """
 
 
-def base_of(steps: int) -> dict[str, Any]:
+def base_of(steps: int, every: int = 20) -> dict[str, Any]:
     base = sweep_digits.get_config().base.to_dict()
-    base |= {"total_steps": steps, "batch_size": 16, "log_every": 2, "eval_every": 20}
+    base |= {"total_steps": steps, "batch_size": 16, "log_every": 2, "eval_every": every}
     base["optimizer"]["warmup_steps"] = 2
+    base["model"]["num_layers"] = 1
     return base
 
 
-def trials_of(workdir: Path, steps: int, seeds: tuple[int, ...]) -> list[sweep.Trial]:
+def trials_of(workdir: Path, steps: int, seeds: tuple[int, ...], every: int = 20) -> list[sweep.Trial]:
     """The trials of the sweep that `command` starts."""
-    return grid.expand(base_of(steps), {"seed": seeds, "model": {"family": ("dense",)}}, workdir)
+    return grid.expand(base_of(steps, every), {"seed": seeds, "model": {"family": ("dense",)}}, workdir)
 
 
-def command(workdir: Path, steps: int, seeds: tuple[int, ...], *flags: str) -> list[str]:
-    base = {"total_steps": steps, "batch_size": 16, "log_every": 2, "eval_every": 20, "optimizer.warmup_steps": 2}
+def command(workdir: Path, steps: int, seeds: tuple[int, ...], *flags: str, every: int = 20) -> list[str]:
+    base = {"total_steps": steps, "batch_size": 16, "log_every": 2, "eval_every": every, "optimizer.warmup_steps": 2}
+    base["model.num_layers"] = 1
     grid = {"seed": seeds, "model.family": ("dense",), "model.form": ("separate",), "model.num_experts": (2,)}
     return [
         *(sys.executable, "-c", PROGRAM, f"--workdir={workdir}", *flags),
